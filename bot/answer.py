@@ -1,0 +1,481 @@
+"""
+The turn: guard -> retrieve -> decide -> render -> stream -> check. Read this file first.
+
+It knows the order of things and who decides what; it knows no socket, no database and no model library.
+What is decided by code: the language, the refusals, the hand-over, what is on today, whether the store has
+an answer at all. What is left to the model: to word an answer from passages where no passage is the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from bot.engine import Chunk, Engine, Sampling
+from bot.errors import EngineNotReady
+from bot.followup import Query, complete, split_questions
+from bot.guard.facts import StreamGate, grounds_of
+from bot.guard.injection import danger_of
+from bot.language import language_of, reply_language
+from bot.messages import Citation, Finish, Language, Outcome, Release, Reply, Turn
+from bot.phrases import NO_ANSWER_SAID, PHRASES
+from bot.prompt import PROMPT_VERSION, PromptStore, render_prompt
+from bot.settings import StoreProfile
+from bot.skills import promotions
+from bot.skills.handoff import handoff_trigger
+from bot.skills.smalltalk import courtesy_of
+from bot.stream import Delta, Phase
+from retrieval.errors import RetrievalError
+from retrieval.passages import Hit, Passage
+
+logger = logging.getLogger(__name__)
+
+
+class Retriever(Protocol):
+    """What the turn needs of `retrieval.retriever`; every call blocks for milliseconds and is thread-safe."""
+
+    @property
+    def version(self) -> str: ...
+
+    def search(
+        self,
+        query: str,
+        k: int = 5,
+        *,
+        now: datetime,
+        lang: str | None = None,
+        kinds: Collection[str] | None = None,
+    ) -> list[Hit]: ...
+
+    def expired(self, query: str, k: int = 3, *, now: datetime) -> list[Hit]: ...
+
+    def current(self, kind: str, *, now: datetime, lang: str | None = None) -> list[Passage]: ...
+
+    def get(self, id: str) -> Passage | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When to quote, when to generate, when to give up; see `bot.settings.Settings` for what each is."""
+
+    direct: bool = True
+    direct_confidence: float = 0.55
+    answer_confidence: float = 0.22
+    ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
+    n_passages: int = 4
+    max_reply_tokens: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What to do about one question of a message."""
+
+    how: Literal["quote", "generate", "none"]
+    query: Query
+    text: str = ""  # of a quote
+    hits: tuple[Hit, ...] = ()  # what it rests on, best first
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The reply as it grows."""
+
+    language: Language
+    pieces: list[str] = field(default_factory=list)
+    hits: list[Hit] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    finish: Finish = "stop"
+    revised: bool = False
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(piece for piece in self.pieces if piece)
+
+
+class Answerer:
+    """Answers questions of one store. One instance serves all conversations of a process."""
+
+    def __init__(
+        self,
+        *,
+        retriever: Retriever,
+        engine: Engine | None,
+        profile: StoreProfile,
+        rules: Rules | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.retriever = retriever
+        self.engine = engine
+        self.profile = profile
+        self.rules = rules or Rules()
+        self.clock = clock
+        # One thread: the embedder uses all its cores for one query, two at once would only take turns.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
+
+    def close(self) -> None:
+        """Let go of the search thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def release(self) -> Release:
+        """Return what answers right now."""
+        name = self.engine.name if self.engine is not None else "none"
+        adapter = getattr(self.engine, "adapter", None)
+        return Release(name, adapter, PROMPT_VERSION, self.retriever.version)
+
+    async def answer(
+        self,
+        history: Sequence[Turn],
+        question: str,
+        *,
+        locale: str | None = None,
+        stop: asyncio.Event | None = None,
+    ) -> AsyncGenerator[Phase | Delta | Reply, None]:
+        """
+        Yield phases and deltas, and last exactly one `Reply`.
+
+        Joining the deltas gives the reply's text, unless it is `revised`. When `stop` is set a reply with
+        finish "abort" and the text so far follows soon. Closing the generator aborts the engine's request.
+
+        Raises:
+            EngineBusy, EngineFailed, EngineDead: from the engine; nothing was decided, the same question may be asked again.
+        """
+        stop = stop or asyncio.Event()
+        language = reply_language(question, history, locale, self.profile.languages[0])
+        say = PHRASES[language]
+
+        # 1) Guard: what must not be treated as a question.
+        if (canned := self._without_search(question, language)) is not None:
+            yield Delta(canned.text)
+            yield canned
+            return
+
+        # 2) Retrieve and decide, question by question. A bot without its index still answers, less well.
+        yield Phase("searching")
+        now = self.clock()
+        loop = asyncio.get_running_loop()
+        try:
+            parts = await loop.run_in_executor(self._thread, self._decide, question, tuple(history), language, now)
+        except RetrievalError:
+            logger.exception("answering without passages")
+            text = say.search_failed.format(contact=self._contact(language))
+            yield Delta(text)
+            yield self._reply(_Draft(language, [text], outcomes=["no_answer"]))
+            return
+
+        # 3) Say it: quotes at once, the rest from the engine.
+        draft = _Draft(language)
+        for n, part in enumerate(parts):
+            if n and draft.pieces:
+                yield Delta("\n\n")
+            if part.how == "generate":
+                async with aclosing(self._generate(part, history, draft, now, stop)) as steps:
+                    async for step in steps:
+                        yield step
+            else:
+                text = part.text or self._no_answer_text(part, parts, language)
+                draft.pieces.append(text)
+                draft.hits += part.hits
+                draft.outcomes.append("direct" if part.how == "quote" else "no_answer")
+                yield Delta(text)
+            if stop.is_set():
+                draft.finish = "abort"
+                break
+
+        # 4) Stamp it.
+        yield self._reply(draft)
+
+    # --- stage 1 ---------------------------------------------------------------------------------------
+
+    def _without_search(self, question: str, language: Language) -> Reply | None:
+        """Return the reply to what is no question about the store: attacks, calls for a human, courtesies."""
+        say = PHRASES[language]
+        if (danger := danger_of(question)) is not None:
+            text = say.refused_injection if danger == "injection" else say.refused_others_data
+            return self._reply(_Draft(language, [text], outcomes=["refused"]))
+        if (trigger := handoff_trigger(question)) is not None:
+            text = (say.handoff_asked if trigger == "asked" else say.handoff_anger).format(
+                hours=self._hours(language), contact=self._contact(language)
+            )
+            return self._reply(_Draft(language, [text], outcomes=["handoff"]))
+        if (courtesy := courtesy_of(question)) is not None:
+            text = self.profile.greeting[language] if courtesy == "greeting" else say.courtesies[courtesy]
+            replies = self.profile.quick_replies.get(language, ()) if courtesy == "greeting" else ()
+            return replace(self._reply(_Draft(language, [text], outcomes=["direct"])), quick_replies=replies)
+        return None
+
+    # --- stage 2: runs in the search thread ------------------------------------------------------------
+
+    def _decide(self, message: str, history: tuple[Turn, ...], language: Language, now: datetime) -> list[Part]:
+        """Return what to do, one part for each question of the message that needs its own."""
+        questions = split_questions(message)
+        parts: list[Part] = []
+        for n, question in enumerate(questions):
+            query = complete(question, history, questions[:n])
+            parts.append(self._decide_one(query, language, now))
+        if len(parts) > 1:
+            # A message whose parts say nothing by themselves may do so as a whole.
+            whole = self._decide_one(complete(message, history), language, now)
+            if all(part.how == "none" for part in parts) or _confidence(whole) > max(map(_confidence, parts)) + 0.25:
+                return [whole]
+            # The same passage twice is one answer.
+            seen: set[str] = set()
+            parts = [p for p in parts if p.how != "quote" or not (p.text in seen or seen.add(p.text))]  # type: ignore[func-returns-value]
+        return parts
+
+    def _decide_one(self, query: Query, language: Language, now: datetime) -> Part:
+        rules = self.rules
+        hits = self._search(query, language, now)
+        if not rules.direct:  # measuring the model alone
+            return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
+
+        # What is on today is a list, not a passage.
+        if promotions.asks_for_all(query.standalone):
+            return self._list_promotions(query, language, now)
+        top = hits[0].confidence if hits else 0.0
+        if (ended := self._ended(query, top, language, now)) is not None:
+            return ended
+
+        if hits and top >= rules.direct_confidence and self._quotable(hits[0], language):
+            return Part("quote", query, self._quote(hits[0], language, now), (hits[0],))
+        if top < rules.answer_confidence:
+            if promotions.about_promotions(query.standalone) and self.retriever.current("promotion", now=now):
+                return self._list_promotions(query, language, now)
+            return Part("none", query)
+        if self.engine is None or not self.engine.state().ready:
+            # Without a model the nearest passage, said to be that; a weak one is not worth it.
+            if top >= (rules.direct_confidence + rules.answer_confidence) / 2:
+                lead = PHRASES[language].closest
+                return Part("quote", query, f"{lead}\n{self._quote(hits[0], language, now)}", (hits[0],))
+            return Part("none", query)
+        return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
+
+    def _search(self, query: Query, language: Language, now: datetime) -> list[Hit]:
+        """Return hits, best first; for an elliptical question those that speak of what is new in it."""
+        k = max(self.rules.n_passages, 3)
+        alone = self.retriever.search(query.text, k, now=now, lang=language)
+        if not query.elliptical:
+            return alone
+        completed = self.retriever.search(query.standalone, 2 * k, now=now, lang=language)
+        merged: dict[str, Hit] = {}
+        for hit in completed + alone:
+            known = merged.get(hit.passage.id)
+            if known is None or hit.confidence > known.confidence:
+                merged[hit.passage.id] = hit
+        weighed = [
+            replace(hit, confidence=hit.confidence * (0.35 + 0.65 * _coverage(query.new_words, hit.passage)))
+            for hit in merged.values()
+        ]
+        return sorted(weighed, key=lambda hit: -hit.confidence)[:k]
+
+    def _list_promotions(self, query: Query, language: Language, now: datetime) -> Part:
+        current = self.retriever.current("promotion", now=now, lang=language)
+        current = current or self.retriever.current("promotion", now=now)
+        hits = tuple(Hit(p, 1.0, 1.0) for p in current)
+        return Part("quote", query, promotions.list_text(current, language), hits)
+
+    def _ended(self, query: Query, top: float, language: Language, now: datetime) -> Part | None:
+        """Return the answer to a question about a promotion that is not on now, or None."""
+        stale = [h for h in self.retriever.expired(query.standalone, 4, now=now) if h.passage.kind == "promotion"]
+        if not stale:
+            return None
+        code = str(stale[0].passage.meta.get("code") or "")
+        named = bool(code) and re.search(rf"(?<![A-Za-z0-9]){re.escape(code)}(?![A-Za-z0-9])", query.text, re.I)
+        meant = stale[0].confidence >= self.rules.ended_confidence and stale[0].confidence > top
+        if not (named or (meant and promotions.about_promotions(query.standalone))):
+            return None
+        in_language = [h for h in stale if h.passage.lang == language and h.confidence >= 0.8 * stale[0].confidence]
+        passage = (in_language or stale)[0].passage
+        text = promotions.not_now_text(passage, now, self.profile.timezone, language)
+        listed = self._list_promotions(query, language, now)
+        return Part("quote", query, f"{text}\n\n{listed.text}", listed.hits)
+
+    def _quotable(self, hit: Hit, language: Language) -> bool:
+        """Whether a passage can go out word for word: it is in the visitor's language, or has a sibling that is."""
+        return self._in_language(hit.passage, language).lang in ("", language) or self.engine is None
+
+    def _in_language(self, passage: Passage, language: Language) -> Passage:
+        """Return the same entry in `language` where the store has it (ids alike but for -zh/-en), else `passage`."""
+        if passage.lang in ("", language):
+            return passage
+        stem = passage.id.removesuffix(f"-{passage.lang}")
+        for sibling in (f"{stem}-{language}", f"{stem}.{language}"):
+            if (other := self.retriever.get(sibling)) is not None:
+                return other
+        return passage
+
+    def _quote(self, hit: Hit, language: Language, now: datetime) -> str:
+        passage = self._in_language(hit.passage, language)
+        text = passage.text.strip()
+        if passage.kind == "promotion":
+            colon = "：" if passage.lang == "zh" else ": "
+            text = f"{passage.title}{colon}{promotions.body_of(passage)}"
+        if passage.lang not in ("", language):
+            text = f"{PHRASES[language].other_language}\n{text}"
+        return text
+
+    def _no_answer_text(self, part: Part, parts: Sequence[Part], language: Language) -> str:
+        say = PHRASES[language]
+        if len(parts) > 1:  # the other questions of the message were answered
+            return say.no_answer_to.format(question=part.query.text.rstrip("?？"))
+        return say.no_answer.format(hours=self._hours(language), contact=self._contact(language))
+
+    # --- stage 3 ---------------------------------------------------------------------------------------
+
+    async def _generate(
+        self, part: Part, history: Sequence[Turn], draft: _Draft, now: datetime, stop: asyncio.Event
+    ) -> AsyncGenerator[Phase | Delta, None]:
+        """Stream one generated piece into `draft`, letting only checked text through."""
+        engine, language = self.engine, draft.language
+        if engine is None or not engine.state().ready:
+            raise EngineNotReady("no engine to generate with")
+        yield Phase("thinking")
+        passages = [hit.passage for hit in part.hits]
+        prompt = render_prompt(
+            self.prompt_store(now),
+            history,
+            part.query.text,
+            passages,
+            language,
+            count_tokens=engine.count_tokens,
+            max_prompt_tokens=engine.max_prompt_tokens,
+        )
+        stated = [f"{p.title}\n{p.text}" for p in passages] + [self._contact(language), *self.profile.contact.values()]
+        gate = StreamGate(grounds_of(stated, part.query.text))
+        sampling = Sampling(max_tokens=self.rules.max_reply_tokens)
+        finish: Finish = "abort"
+        async with aclosing(engine.stream(prompt, sampling)) as chunks:
+            async for chunk in _until(chunks, stop):
+                finish = chunk.finish or finish
+                text = gate.feed(chunk.text, last=chunk.finish is not None)
+                if gate.wrong:
+                    break
+                if text:
+                    if text == gate.sent:
+                        yield Phase("typing")
+                    yield Delta(text)
+
+        text = gate.sent.strip()
+        draft.hits += part.hits
+        if stop.is_set() and finish == "abort" and not gate.wrong:
+            draft.pieces.append(gate.sent)
+            draft.outcomes.append("generated")
+            draft.finish = "abort"
+            return
+        if NO_ANSWER_SAID.search(text) or not text or gate.wrong or not _speaks(text, language):
+            # What the model said is no answer, or not the store's: the passage itself is, if it is near enough.
+            if gate.wrong:
+                logger.info("reply revised: not in any valid passage: %s", ", ".join(gate.wrong))
+            draft.revised = bool(gate.sent) or draft.revised
+            if self.rules.direct and part.hits and not NO_ANSWER_SAID.search(text):
+                text = f"{PHRASES[language].closest}\n{self._quote(part.hits[0], language, now)}"
+                draft.outcomes.append("direct")
+                del draft.hits[len(draft.hits) - len(part.hits) + 1 :]
+            else:
+                text = self._no_answer_text(part, [part], language)
+                draft.outcomes.append("no_answer")
+                del draft.hits[len(draft.hits) - len(part.hits) :]
+            draft.pieces.append(text)
+            if not draft.revised:
+                yield Delta(text)
+            return
+        draft.pieces.append(gate.sent)
+        draft.outcomes.append("generated")
+        draft.finish = finish
+
+    def prompt_store(self, now: datetime) -> PromptStore:
+        """Return what every prompt begins with today."""
+        titles = sorted({p.title for p in self.retriever.current("promotion", now=now)})
+        return PromptStore(self.profile.names, self.profile.persona, tuple(titles))
+
+    # --- stage 4 ---------------------------------------------------------------------------------------
+
+    def _reply(self, draft: _Draft) -> Reply:
+        outcomes = draft.outcomes
+        outcome: Outcome
+        if "generated" in outcomes:
+            outcome = "generated"
+        elif "direct" in outcomes:
+            outcome = "direct"
+        else:
+            outcome = outcomes[0] if outcomes else "no_answer"
+        say = PHRASES[draft.language]
+        return Reply(
+            text=draft.text,
+            outcome=outcome,
+            finish=draft.finish,
+            language=draft.language,
+            release=self.release(),
+            citations=self._citations(draft),
+            cards=_cards(draft.hits, draft.language, self._in_language),
+            quick_replies=say.quick_after_no_answer if outcome == "no_answer" else (),
+            revised=draft.revised,
+        )
+
+    def _citations(self, draft: _Draft) -> tuple[Citation, ...]:
+        cited: dict[str, Citation] = {}
+        for hit in draft.hits:
+            p = self._in_language(hit.passage, draft.language)
+            quote = p.text if len(p.text) <= 300 else p.text[:299] + "…"
+            cited.setdefault(p.id, Citation(p.id, p.title, p.source, quote, round(hit.confidence, 3)))
+        return tuple(cited.values())
+
+    def _contact(self, language: Language) -> str:
+        return self.profile.contact_line(language)
+
+    def _hours(self, language: Language) -> str:
+        return self.profile.business_hours or {"zh": "工作时间", "en": "business hours"}[language]
+
+
+def _confidence(part: Part) -> float:
+    return part.hits[0].confidence if part.hits else 0.0
+
+
+def _coverage(words: Sequence[str], passage: Passage) -> float:
+    """Return the share of `words` that `passage` contains; 1 where there are none."""
+    if not words:
+        return 1.0
+    text = f"{passage.title}\n{passage.text}\n" + "\n".join(passage.questions)
+    text = text.lower()
+    return sum(1 for word in words if word in text) / len(words)
+
+
+def _speaks(text: str, language: Language) -> bool:
+    """Whether a generated reply is in the visitor's language; figures alone are in both."""
+    return language_of(text) in (None, language)
+
+
+def _cards(
+    hits: Sequence[Hit], language: Language, in_language: Callable[[Passage, Language], Passage]
+) -> tuple[dict[str, Any], ...]:
+    """Return product cards for the products a reply rests on: the best hit, if it is one."""
+    if not hits or hits[0].passage.kind != "product":
+        return ()
+    p = in_language(hits[0].passage, language)
+    fields = {name: p.meta.get(name) for name in ("price", "currency", "url", "image", "stock")}
+    return ({"kind": "product", "id": p.meta.get("sku", p.id), "title": p.title, **fields},)
+
+
+async def _until(items: AsyncIterator[Chunk], stop: asyncio.Event) -> AsyncIterator[Chunk]:
+    """Yield from `items` until they end or `stop` is set, whichever comes first."""
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(items))  # type: ignore[arg-type]
+            await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+                return
+            try:
+                yield following.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        stopped.cancel()

@@ -1,0 +1,92 @@
+"""
+The seam to whatever generates text: one protocol, three small types.
+
+Implementations live in `bot/engines/`, one file per foreign library. Nothing here imports any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bot.messages import Finish, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to pick tokens. Greedy by default; top-k only, since top-p sorts the vocabulary twice a step on CPU."""
+
+    max_tokens: int = 160
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 20  # used only where temperature > 0
+    stop: tuple[str, ...] = ()
+    priority: int = 0  # lower is earlier; 0 for a waiting visitor, 10 for background work
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New text from the engine, never the text so far. Only the last chunk has a `finish`."""
+
+    text: str
+    finish: Finish | None = None
+    n_tokens: int = 0  # tokens in this chunk
+    n_prompt_tokens: int = 0  # on the last chunk
+    n_cached_tokens: int = 0  # on the last chunk: prompt tokens served from the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What /readyz, the page and the metrics say about an engine."""
+
+    ready: bool
+    phase: str  # "none", "starting", "ready", "restarting", "stopped": for people
+    detail: str = ""  # one short line, for instance "loading weights"
+
+
+class Engine(Protocol):
+    """Generates replies. One instance serves all conversations of a process."""
+
+    name: str  # catalog or folder name of the model, for the release
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        """
+        Generate a reply to `messages`, chunk by chunk; only the last has a `finish`.
+
+        Closing or cancelling the generator aborts the request and frees its place in the batch.
+        Wrap it in `contextlib.aclosing`: a generator left half read is only closed when the garbage
+        collector finds it.
+
+        Raises:
+            EngineBusy: overloaded; says when to try again. Nothing was queued.
+            EngineNotReady: still starting, or restarting.
+            EngineFailed: this reply is lost, the next may work.
+            EngineDead: no reply will work until the restart.
+        """
+        ...
+
+    def state(self) -> EngineState:
+        """Return the state now; never blocks."""
+        ...
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Return how many prompt tokens `messages` render to (an estimate where there is no tokenizer here)."""
+        ...
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The most prompt tokens that still leave room for a reply."""
+        ...
+
+    async def start(self) -> None:
+        """Load whatever is needed, and return once ready. Never called twice at once."""
+        ...
+
+    async def close(self) -> None:
+        """Free everything. Requests under way end with EngineDead."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """Return gauges and counters for /metrics: running, waiting, kv_cache_usage, generated_tokens, …"""
+        ...

@@ -1,0 +1,1 @@
+"""Implementations of `bot.engine.Engine`, one file per foreign library. Importing this package imports none of them."""

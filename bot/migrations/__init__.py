@@ -1,0 +1,1 @@
+"""Schema history of `bot.storage`, run by it at start. Nothing else imports this."""

@@ -1,0 +1,184 @@
+"""
+The only reader of the environment and of store.toml.
+
+`Settings` are the server's knobs: command line over environment (`ZHANGGUI_…`) over defaults.
+`StoreProfile` is what the merchant wrote of the store. Both are read once, in serve.py, and handed down.
+docs/settings.md is generated from the descriptions here (`python -m bot settings --markdown`).
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from bot.errors import MerchantError
+from bot.messages import Language
+
+
+class Settings(BaseSettings):
+    """Knobs of the server. A knob earns its place when two deployments differ in it."""
+
+    model_config = SettingsConfigDict(env_prefix="ZHANGGUI_", frozen=True, extra="ignore")
+
+    store: Path | None = Field(None, description="Store folder; the demo store where not given.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    engine: Literal["vllm", "openai", "none"] = Field(
+        "vllm", description="What generates: vLLM in this process, an OpenAI-compatible server, or nothing."
+    )
+    model: str | None = Field(None, description="Catalog name or a model folder; the default release where not given.")
+    data: Path | None = Field(None, description="Folder for conversations and snapshots; `var/` in the checkout.")
+    cache: Path | None = Field(None, description="Folder for models and vectors; the per-user cache directory.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL (async driver); SQLite under `data`.")
+
+    openai_url: str = Field("http://127.0.0.1:8001/v1", description="Base URL of the remote engine (engine=openai).")
+    openai_api_key: str | None = Field(None, description="Key of the remote engine.")
+
+    direct: bool = Field(True, description="Send approved answers word for word where the retriever is sure.")
+    direct_confidence: float = Field(
+        0.55, ge=0, le=1, description="Least confidence of a hit for its text to go out as it is."
+    )
+    answer_confidence: float = Field(
+        0.22, ge=0, le=1, description="Below this the store has no answer, and the reply says so."
+    )
+    n_passages: int = Field(4, ge=1, le=10, description="Passages in the prompt.")
+    max_reply_tokens: int = Field(200, ge=16, le=2048, description="Longest generated reply, in tokens.")
+
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="Overrides of the engine profile, as JSON, e.g. {\"max_num_seqs\": 8}."
+    )
+    embedder_threads: int = Field(2, ge=1, description="Threads of the embedder.")
+
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins that may open the socket besides the server's own; `*` for any."
+    )
+    asks_per_minute: int = Field(20, ge=1, description="Questions a minute and connection.")
+    sockets_per_address: int = Field(64, ge=1, description="Open sockets of one client address.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+
+    def cache_dir(self) -> Path:
+        """Return the folder for models and vectors; not created yet."""
+        return self.cache or default_cache_dir()
+
+    def data_dir(self) -> Path:
+        """Return the folder for conversations; not created yet."""
+        return self.data or Path(__file__).resolve().parent.parent / "var"
+
+    def database(self) -> str:
+        """Return the SQLAlchemy URL of the conversations."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir() / 'conversations.sqlite3'}"
+
+
+def default_cache_dir() -> Path:
+    """Return the per-user cache folder: $ZHANGGUI_CACHE, else $XDG_CACHE_HOME/zhanggui, else ~/.cache/zhanggui."""
+    if own := os.environ.get("ZHANGGUI_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "zhanggui"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreProfile:
+    """What store.toml says, with defaults for all a merchant may leave out."""
+
+    name: str
+    names: dict[Language, str]
+    languages: tuple[Language, ...]  # first one is the default
+    timezone: ZoneInfo
+    currency: str  # ISO 4217
+    persona: dict[Language, str]
+    contact: dict[str, str]  # email, phone, url, …
+    business_hours: str  # for people, for instance "Mon-Sun 09:00-21:00"
+    greeting: dict[Language, str]
+    quick_replies: dict[Language, tuple[str, ...]] = field(default_factory=dict)
+
+    def contact_line(self, language: Language) -> str:
+        """Return how to reach a human, in one phrase; empty where the merchant gave no contact."""
+        labels = {"zh": {"phone": "电话", "email": "邮箱"}, "en": {"phone": "phone", "email": "e-mail"}}[language]
+        parts = [f"{labels[k]} {self.contact[k]}" for k in ("phone", "email") if self.contact.get(k)]
+        if not parts:
+            return self.contact.get("text", "")
+        return ("，" if language == "zh" else ", ").join(parts)
+
+
+_LANGUAGES: tuple[Language, ...] = ("zh", "en")
+
+
+def load_store_profile(folder: Path) -> StoreProfile:
+    """
+    Return the profile in `folder`/store.toml.
+
+    Raises:
+        MerchantError: no such file, not TOML, or a field of the wrong kind; one line with the remedy.
+    """
+    path = folder / "store.toml"
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except FileNotFoundError:
+        raise MerchantError(f"{path}: not found; a store folder needs a store.toml with at least `name`") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise MerchantError(f"{path}: not valid TOML in UTF-8: {exc}") from None
+
+    name = raw.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise MerchantError(f'{path}, name: missing or empty; write name = "Your store"')
+    languages = tuple(x for x in raw.get("languages", _LANGUAGES) if x in _LANGUAGES)
+    if not languages:
+        raise MerchantError(f'{path}, languages: none of "zh", "en"')
+    try:
+        zone = ZoneInfo(str(raw.get("timezone", "UTC")))
+    except (ZoneInfoNotFoundError, ValueError):
+        raise MerchantError(f"{path}, timezone: {raw['timezone']!r} is no IANA name such as Asia/Shanghai") from None
+
+    return StoreProfile(
+        name=name,
+        names=_per_language(raw.get("names", name), name),
+        languages=cast(tuple[Language, ...], languages),
+        timezone=zone,
+        currency=str(raw.get("currency", "CNY")),
+        persona=_per_language(raw.get("persona", ""), ""),
+        contact=_table(raw.get("contact", {})),
+        business_hours=_hours(raw.get("business_hours", raw.get("hours", ""))),
+        greeting=_greeting(raw.get("greeting"), _per_language(raw.get("names", name), name)),
+        quick_replies={
+            lang: tuple(str(q) for q in items)
+            for lang, items in (raw.get("quick_replies") or {}).items()
+            if lang in _LANGUAGES and isinstance(items, list)
+        }
+        if isinstance(raw.get("quick_replies"), dict)
+        else {},
+    )
+
+
+def _per_language(value: Any, default: str) -> dict[Language, str]:
+    if isinstance(value, dict):
+        return {lang: str(value.get(lang, default)) for lang in _LANGUAGES}
+    return {lang: str(value) for lang in _LANGUAGES}
+
+
+def _table(value: Any) -> dict[str, str]:
+    if isinstance(value, dict):
+        return {str(k): str(v) for k, v in value.items()}
+    return {"text": str(value)} if value else {}
+
+
+def _hours(value: Any) -> str:
+    if isinstance(value, dict) and "open" in value and "close" in value:
+        return f"{value.get('days', '')} {value['open']}-{value['close']}".strip()
+    return "" if isinstance(value, dict) else str(value)
+
+
+def _greeting(value: Any, names: dict[Language, str]) -> dict[Language, str]:
+    written = _per_language(value, "") if value else {}
+    return {
+        "zh": written.get("zh") or f"您好，这里是{names['zh']}，请问有什么可以帮您？",
+        "en": written.get("en") or f"Hello, this is {names['en']}. How can I help you?",
+    }

@@ -1,0 +1,1 @@
+"""What the bot can do besides quoting and generating, decided by code: hand over, list promotions, greet."""

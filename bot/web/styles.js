@@ -1,0 +1,238 @@
+/*
+ * The widget's style sheet, as a constructed CSSStyleSheet: works under `style-src 'self'`, meets no style of
+ * the host page. `--accent` and `--on-accent` are set by widget.js from data-color.
+ */
+
+const BASE = `
+:host { all: initial; position: fixed; z-index: 2147483000; inset: auto 0 0 auto; color-scheme: light dark;
+  --accent: #2f6f4f; --on-accent: #fff;
+  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "PingFang SC", "Hiragino Sans GB",
+    "Microsoft YaHei UI", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", sans-serif;
+  --bg: #f6f7f4; --surface: #fff; --ink: #1d2420; --soft: #5c665f; --line: #e1e5df; --hover: #eef1ec;
+  --link: color-mix(in oklab, var(--accent), #000 12%); --tint: color-mix(in oklab, var(--accent) 10%, #fff);
+  --bad: #a8321f; --badtint: #fcefec; --shadow: 0 24px 64px -12px rgb(20 34 26 / .28), 0 4px 16px rgb(20 34 26 / .10);
+  --side: 20px; font: 400 15px/1.55 var(--font); color: var(--ink); }
+:host([data-position="left"]) { inset: auto auto 0 0; }
+:host([hidden]) { display: none; }
+*, *::before, *::after { box-sizing: border-box; }
+button { font: inherit; color: inherit; background: none; border: 0; padding: 0; margin: 0; cursor: pointer;
+  -webkit-tap-highlight-color: transparent; touch-action: manipulation; }
+button:disabled { cursor: default; }
+:focus { outline: none; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+.icon { width: 20px; height: 20px; fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
+  stroke-linejoin: round; flex: none; display: block; }
+.icon.filled { fill: currentColor; }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.launcher { position: fixed; right: calc(var(--side) + env(safe-area-inset-right)); bottom: calc(20px + env(safe-area-inset-bottom));
+  width: 60px; height: 60px; border-radius: 50%; background: var(--accent); color: var(--on-accent); display: grid;
+  place-items: center; box-shadow: 0 10px 28px -6px color-mix(in srgb, var(--accent) 60%, transparent), 0 3px 10px rgb(0 0 0 / .16);
+  transition: transform .18s ease, box-shadow .18s ease; }
+:host([data-position="left"]) .launcher { right: auto; left: calc(var(--side) + env(safe-area-inset-left)); }
+.launcher:hover { transform: translateY(-2px); }
+.launcher:active { transform: scale(.96); }
+.launcher:focus-visible { outline: 3px solid var(--surface); outline-offset: -6px;
+  box-shadow: 0 0 0 3px var(--link), 0 10px 28px -6px rgb(0 0 0 / .3); }
+.launcher .icon { width: 28px; height: 28px; }
+.launcher[aria-expanded="true"] .icon { transform: translateY(1px); }
+.badge { position: absolute; top: -3px; right: -3px; min-width: 22px; height: 22px; padding: 0 6px; border-radius: 11px;
+  background: #c93a22; color: #fff; font: 600 12px/22px var(--font); text-align: center; box-shadow: 0 0 0 2px #fff; }
+.badge[hidden] { display: none; }
+@media (prefers-color-scheme: dark) { :host(:not([data-theme="light"])) { DARK } }
+:host([data-theme="dark"]) { DARK }
+:host([data-theme="light"]) { color-scheme: light; }
+@media print { :host { display: none; } }
+@media (prefers-reduced-motion: reduce) { *, *::before, *::after { animation-duration: .01ms !important;
+  animation-iteration-count: 1 !important; transition-duration: .01ms !important; scroll-behavior: auto !important; } }
+`.replace(
+  /\{ DARK \}/g,
+  `{ color-scheme: dark; --bg: #141816; --surface: #1f2522; --ink: #e9eeea; --soft: #a3aea7; --line: #333b36; --hover: #2a322d;
+  --link: color-mix(in oklab, var(--accent), #fff 52%); --tint: color-mix(in oklab, var(--accent) 26%, #1a201d);
+  --bad: #ff9c86; --badtint: #3a231e; --shadow: 0 24px 64px -12px rgb(0 0 0 / .7), 0 0 0 1px #333b36; }`,
+);
+
+const PANEL = `
+.panel { position: fixed; right: calc(var(--side) + env(safe-area-inset-right)); bottom: calc(94px + env(safe-area-inset-bottom));
+  width: min(404px, calc(100vw - 40px)); height: min(660px, calc(100dvh - 124px)); display: grid;
+  grid-template-rows: auto minmax(0, 1fr) auto; background: var(--bg); border-radius: 20px; overflow: hidden;
+  box-shadow: var(--shadow); animation: rise .22s cubic-bezier(.2, .8, .3, 1); }
+:host([data-position="left"]) .panel { right: auto; left: calc(var(--side) + env(safe-area-inset-left)); }
+.panel[hidden] { display: none; }
+@keyframes rise { from { opacity: 0; transform: translateY(14px) scale(.985); } }
+
+header { display: flex; align-items: center; gap: 12px; padding: 14px 12px 14px 16px; background: var(--accent); color: var(--on-accent); }
+header .face { width: 40px; height: 40px; border-radius: 12px; background: color-mix(in srgb, var(--on-accent) 16%, transparent);
+  display: grid; place-items: center; flex: none; }
+header .face .icon { width: 24px; height: 24px; }
+header .who { flex: 1; min-width: 0; }
+h2 { margin: 0; font-size: 16px; line-height: 1.3; font-weight: 650; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.status { display: flex; align-items: center; gap: 6px; margin: 1px 0 0; font-size: 12.5px; line-height: 1.35;
+  color: color-mix(in srgb, var(--on-accent) 92%, transparent); }
+.status::before { content: ""; width: 8px; height: 8px; border-radius: 50%; background: #f2c14e; flex: none; }
+.status[data-is="online"]::before { background: #7ee2a0; }
+.status[data-is="offline"]::before { background: #ff9c86; }
+.status[data-is="connecting"]::before, .status[data-is="starting"]::before { animation: pulse 1.4s ease-in-out infinite; }
+@keyframes pulse { 50% { opacity: .35; } }
+header button { width: 36px; height: 36px; border-radius: 10px; display: grid; place-items: center; font-size: 13px; font-weight: 650; flex: none; }
+header button:hover { background: color-mix(in srgb, var(--on-accent) 16%, transparent); }
+header button:focus-visible { outline-color: var(--on-accent); outline-offset: -3px; }
+header .buttons { display: flex; gap: 2px; }
+
+.middle { position: relative; min-height: 0; }
+.scroll { height: 100%; overflow-y: auto; overscroll-behavior: contain; padding: 18px 16px 12px; scrollbar-width: thin;
+  scrollbar-color: var(--line) transparent; }
+.scroll:focus-visible { outline-offset: -3px; }
+.rows { display: flex; flex-direction: column; gap: 10px; min-height: 100%; }
+.row { display: flex; flex-direction: column; align-items: flex-start; max-width: 100%; animation: appear .2s ease; }
+@keyframes appear { from { opacity: 0; transform: translateY(6px); } }
+.row.visitor { align-items: flex-end; }
+.bubble { max-width: 88%; padding: 10px 14px; border-radius: 16px; overflow-wrap: anywhere; text-wrap: pretty; line-break: strict; }
+.row.bot .bubble, .row.agent .bubble { background: var(--surface); border: 1px solid var(--line); border-bottom-left-radius: 5px; }
+.row.agent .bubble { background: var(--tint); border-color: transparent; }
+.row.visitor .bubble { background: var(--accent); color: var(--on-accent); border-bottom-right-radius: 5px; white-space: pre-wrap; }
+.row.visitor.unsent .bubble { opacity: .68; }
+.row.visitor.failed .bubble { background: var(--badtint); color: var(--ink); box-shadow: inset 0 0 0 1px var(--bad); opacity: 1; }
+.name { font-size: 12px; color: var(--soft); margin: 0 0 3px 4px; }
+.bubble > * { margin: 0; }
+.bubble > * + * { margin-top: 8px; }
+.bubble ul, .bubble ol { padding-left: 22px; }
+.bubble li + li { margin-top: 3px; }
+.bubble li.in1 { margin-left: 18px; } .bubble li.in2 { margin-left: 36px; }
+.bubble li::marker { color: var(--soft); }
+.bubble .heading { font-weight: 650; }
+.bubble strong { font-weight: 650; }
+.bubble blockquote { padding-left: 10px; border-left: 3px solid var(--line); color: var(--soft); }
+.bubble code { font: .9em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace; background: var(--hover);
+  padding: 1px 5px; border-radius: 5px; }
+.bubble pre { background: var(--hover); border-radius: 8px; padding: 8px 10px; overflow-x: auto; }
+.bubble pre code { background: none; padding: 0; white-space: pre; }
+.bubble a { color: var(--link); text-underline-offset: 2px; font-weight: 500; }
+.host { color: var(--soft); font-size: .87em; font-weight: 400; }
+.mark { display: inline-grid; place-items: center; min-width: 17px; height: 17px; padding: 0 4px; margin: 0 2px; border-radius: 9px; font-size: 11px;
+  font-weight: 650; line-height: 1; color: var(--link); background: var(--tint); vertical-align: 2px; }
+.mark:hover, .mark[aria-expanded="true"] { background: var(--link); color: var(--surface); }
+.caret::after { content: ""; display: inline-block; width: 7px; height: 1.05em; margin-left: 3px; border-radius: 2px; vertical-align: -.16em;
+  background: var(--link); animation: blink 1s steps(2) infinite; }
+@keyframes blink { 50% { opacity: 0; } }
+
+.wait { display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 14px; }
+.dots { display: inline-flex; gap: 4px; }
+.dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--link); animation: bob 1.2s ease-in-out infinite; }
+.dots i:nth-child(2) { animation-delay: .15s; } .dots i:nth-child(3) { animation-delay: .3s; }
+@keyframes bob { 0%, 60%, 100% { opacity: .3; transform: none; } 30% { opacity: 1; transform: translateY(-3px); } }
+
+.sources { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; max-width: 100%; padding-left: 2px; }
+.source { display: inline-flex; align-items: center; gap: 6px; max-width: 100%; min-height: 28px; padding: 3px 11px 3px 4px; border-radius: 14px;
+  border: 1px solid var(--line); background: var(--surface); font-size: 12.5px; line-height: 1.3; color: var(--soft); }
+.source b { display: grid; place-items: center; width: 19px; height: 19px; border-radius: 50%; background: var(--tint); color: var(--link); font-size: 11px;
+  font-weight: 650; flex: none; }
+.source span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 210px; }
+.source:hover, .source[aria-expanded="true"] { border-color: var(--link); color: var(--ink); }
+.source[aria-expanded="true"] b { background: var(--link); color: var(--surface); }
+.quote { margin: 8px 0 0; padding: 10px 12px; width: 100%; max-width: 94%; border-radius: 12px; background: var(--tint); font-size: 13.5px; line-height: 1.55;
+  overflow-wrap: anywhere; }
+.quote p { margin: 0; white-space: pre-wrap; }
+.quote .from { margin-top: 6px; color: var(--soft); font-size: 12px; }
+
+.cards { display: grid; gap: 8px; margin-top: 8px; width: min(100%, 330px); }
+.card { display: grid; grid-template-columns: 76px 1fr; gap: 12px; align-items: center; padding: 8px; border-radius: 14px; background: var(--surface);
+  border: 1px solid var(--line); color: inherit; text-decoration: none; overflow: hidden; }
+a.card:hover { border-color: var(--link); }
+.card .pic { width: 76px; height: 76px; border-radius: 9px; background: var(--hover); display: grid; place-items: center; color: var(--soft); overflow: hidden; }
+.card img { width: 100%; height: 100%; object-fit: cover; display: block; }
+.card .title { font-size: 14px; line-height: 1.4; font-weight: 550; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+.card .facts { display: flex; align-items: baseline; gap: 10px; margin-top: 4px; font-size: 12.5px; color: var(--soft); }
+.card .price { font-size: 15.5px; font-weight: 650; color: var(--ink); font-variant-numeric: tabular-nums; }
+.card .few { color: var(--bad); }
+
+.foot { display: flex; align-items: center; gap: 1px; min-height: 28px; margin: 3px 0 0; padding-left: 3px; color: var(--soft); font-size: 12px; max-width: 100%; flex-wrap: wrap; }
+.row.visitor .foot { padding: 0 3px 0 0; }
+.foot .gap { width: 8px; }
+.foot .tag { display: inline-flex; align-items: center; gap: 4px; margin-left: 8px; }
+.foot .tag .icon { width: 14px; height: 14px; }
+.act { display: inline-grid; place-items: center; min-width: 30px; height: 30px; border-radius: 8px; color: var(--soft); }
+.act .icon { width: 17px; height: 17px; }
+.act:hover { background: var(--hover); color: var(--ink); }
+.act[aria-pressed="true"] { color: var(--link); }
+.foot .acts { display: inline-flex; margin-left: 8px; }
+
+.line { align-self: center; text-align: center; font-size: 12.5px; color: var(--soft); padding: 4px 12px; }
+.line.state { background: var(--tint); color: var(--ink); border-radius: 14px; }
+.trouble { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; max-width: 94%; padding: 10px 14px; border-radius: 14px; background: var(--badtint);
+  color: var(--ink); font-size: 14px; }
+.row.visitor .trouble { margin-top: 6px; }
+.pill { display: inline-flex; align-items: center; gap: 6px; min-height: 34px; padding: 4px 14px; border-radius: 17px; border: 1px solid var(--line);
+  background: var(--surface); font-size: 13.5px; line-height: 1.35; font-weight: 500; text-align: left; }
+.pill .icon { width: 16px; height: 16px; }
+.pill:hover:not(:disabled) { border-color: var(--link); color: var(--link); }
+.pill:disabled { color: var(--soft); background: transparent; }
+.quick { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 4px; }
+.quick .pill { border-color: color-mix(in srgb, var(--link) 45%, transparent); color: var(--link); }
+.quick .pill:hover { background: var(--tint); }
+
+.jump { position: absolute; left: 50%; bottom: 10px; transform: translateX(-50%); box-shadow: 0 6px 18px rgb(0 0 0 / .16); }
+.jump[hidden] { display: none; }
+
+.composer { padding: 10px 12px calc(8px + env(safe-area-inset-bottom)); background: var(--surface); border-top: 1px solid var(--line); }
+.box { display: flex; align-items: flex-end; gap: 6px; padding: 4px 4px 4px 14px; border: 1px solid color-mix(in srgb, var(--soft) 55%, transparent);
+  border-radius: 22px; background: var(--surface); transition: border-color .15s; }
+.box:focus-within { border-color: var(--link); box-shadow: 0 0 0 1px var(--link); }
+textarea { flex: 1; min-width: 0; resize: none; border: 0; background: none; color: var(--ink); font: inherit; line-height: 22px; padding: 7px 0; max-height: 140px;
+  height: 36px; overflow-y: hidden; scrollbar-width: thin; }
+textarea::placeholder { color: var(--soft); opacity: 1; }
+.send { width: 36px; height: 36px; border-radius: 50%; display: grid; place-items: center; background: var(--accent); color: var(--on-accent); flex: none;
+  transition: opacity .15s; }
+.send:disabled { background: var(--hover); color: var(--soft); }
+.send.stop { background: var(--ink); color: var(--surface); }
+.under { display: flex; align-items: center; gap: 10px; margin-top: 7px; min-height: 32px; }
+.under .pill { min-height: 30px; padding: 2px 12px; font-size: 13px; flex: none; white-space: nowrap; }
+.under .note { flex: 1; margin: 0; font-size: 11.5px; line-height: 1.35; color: var(--soft); text-align: right; text-wrap: balance; }
+.under .note.over { color: var(--bad); font-weight: 600; }
+.over-sheet { position: absolute; inset: 0; display: grid; align-items: end; background: rgb(10 16 12 / .42); z-index: 2; }
+.sheet { background: var(--surface); border-radius: 18px 18px 0 0; padding: 18px 18px 16px; animation: appear .2s ease; }
+.sheet h3 { margin: 0; font-size: 16px; font-weight: 650; }
+.sheet p { margin: 4px 0 8px; color: var(--soft); font-size: 14px; }
+.stars { display: flex; gap: 4px; border: 0; padding: 0; margin: 0 0 10px -6px; }
+.stars button { width: 42px; height: 42px; display: grid; place-items: center; color: var(--soft); border-radius: 10px; }
+.stars button.on { color: #c98a12; } .stars .icon { width: 28px; height: 28px; }
+.stars button.on .icon { fill: currentColor; }
+.sheet textarea { display: block; width: 100%; height: 62px; padding: 8px 12px; border: 1px solid var(--line); border-radius: 12px; background: var(--bg); overflow-y: auto; }
+.sheet .choices { display: flex; gap: 8px; margin-top: 12px; }
+.sheet .choices .pill { flex: 1; justify-content: center; min-height: 42px; border-radius: 21px; }
+.primary, .pill.primary { background: var(--accent); color: var(--on-accent); border-color: transparent; }
+.pill.primary:hover:not(:disabled) { color: var(--on-accent); filter: brightness(1.08); }
+.again { display: grid; padding: 4px 0 6px; }
+.again .pill { justify-content: center; min-height: 44px; border-radius: 22px; }
+[hidden] { display: none !important; }
+
+@media (max-width: 560px), (max-height: 460px) {
+  .panel { inset: 0; left: 0 !important; right: 0 !important; width: 100%; height: var(--viewport, 100dvh); top: var(--viewport-top, 0); bottom: auto; border-radius: 0; animation-name: slide; }
+  @keyframes slide { from { opacity: 0; transform: translateY(24px); } }
+  header { padding-top: calc(10px + env(safe-area-inset-top)); padding-bottom: 10px; }
+  header button { width: 44px; height: 44px; }
+  textarea { font-size: 16px; }
+  :host([data-open]) .launcher { display: none; }
+  .act { min-width: 38px; height: 38px; } .pill { min-height: 40px; border-radius: 20px; } .under .pill { min-height: 36px; }
+  .send { width: 40px; height: 40px; } textarea { padding: 9px 0; height: 40px; }
+}
+@media (forced-colors: active) { .bubble, .pill, .send, .launcher, .panel { border: 1px solid; } .status::before { forced-color-adjust: none; } }
+`;
+
+let base;
+let panel;
+
+function sheetOf(css) {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(css);
+  return sheet;
+}
+
+/** The launcher's style: all that is needed before the first click. */
+export function baseSheet() {
+  return (base ??= sheetOf(BASE));
+}
+
+/** The open panel's style. */
+export function panelSheet() {
+  return (panel ??= sheetOf(PANEL));
+}
