@@ -93,6 +93,7 @@ class _Draft:
     outcomes: list[Outcome] = field(default_factory=list)
     finish: Finish = "stop"
     revised: bool = False
+    n_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -353,6 +354,7 @@ class Answerer:
         async with aclosing(engine.stream(prompt, sampling)) as chunks:
             async for chunk in _until(chunks, stop):
                 finish = chunk.finish or finish
+                draft.n_tokens += chunk.n_tokens
                 text = gate.feed(chunk.text, last=chunk.finish is not None)
                 if gate.wrong:
                     break
@@ -416,6 +418,7 @@ class Answerer:
             cards=_cards(draft.hits, draft.language, self._in_language),
             quick_replies=say.quick_after_no_answer if outcome == "no_answer" else (),
             revised=draft.revised,
+            n_tokens=draft.n_tokens,
         )
 
     def _citations(self, draft: _Draft) -> tuple[Citation, ...]:

@@ -28,6 +28,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, TypeVar, cast
 
 import sqlalchemy as sa
@@ -42,10 +43,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from bot.errors import Conflict, MerchantError, StorageUnavailable, UnknownConversation
 from bot.messages import Event, EventKind, State
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows: two servers on one file are then not noticed
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -309,14 +311,12 @@ class Storage:
         rows = await self._read(_select_ask(conversation, client_id))
         return Asked(_event(rows[0]), duplicate=True, answered=rows[0].answered_seq is not None) if rows else None
 
-    async def events(self, conversation: str, after: int = 0) -> list[Event]:
-        """Return the events with a sequence number over `after`, in order."""
-        rows = await self._read(
-            sa.select(_events)
-            .where(_events.c.conversation_id == conversation, _events.c.seq > after)
-            .order_by(_events.c.seq)
-        )
-        return [_event(row) for row in rows]
+    async def events(self, conversation: str, after: int = 0, *, last: int | None = None) -> list[Event]:
+        """Return the events with a sequence number over `after`, in order; with `last`, only the last so many."""
+        query = sa.select(_events).where(_events.c.conversation_id == conversation, _events.c.seq > after)
+        query = query.order_by(_events.c.seq) if last is None else query.order_by(_events.c.seq.desc()).limit(last)
+        events = [_event(row) for row in await self._read(query)]
+        return events if last is None else events[::-1]
 
     async def unanswered(self, *, since: datetime, conversation: str | None = None) -> list[Unanswered]:
         """
@@ -345,7 +345,8 @@ class Storage:
     async def _read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         try:
             async with self._open_engine().connect() as connection:
-                return (await connection.execute(query)).all()
+                rows: Sequence[sa.Row[Any]] = (await connection.execute(query)).all()
+                return rows
         except (SQLAlchemyError, OSError) as exc:
             logger.error("cannot read the database: %s", _reason(exc))
             raise StorageUnavailable from exc
@@ -436,7 +437,7 @@ class Storage:
         path = Path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(f"{path}.lock", "a", encoding="ascii")  # noqa: SIM115 - held while open
+            self._lock_file = path.with_name(f"{path.name}.lock").open("a", encoding="ascii")  # held while open
         except OSError as exc:
             raise MerchantError(f"database {str(path)!r} cannot be opened: {exc.strerror}") from exc
         if fcntl is None:

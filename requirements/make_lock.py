@@ -22,17 +22,20 @@ def main() -> int:
     name, *extras = sys.argv[1:]
     target = str(HERE.parent) + (f"[{','.join(extras)}]" if extras else "")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-    # Pins of the smaller environments hold in the larger ones, so that one lock can follow another.
-    for base in ("core", "cpu"):
-        if base != name and (HERE / f"{base}.lock").exists() and not (name == "cuda" and base == "cpu") and name != "core":
-            command += ["--constraint", str(HERE / f"{base}.lock")]
-            break
+    # cpu.lock is resolved first; core.lock (no model) and dev.lock (test tools) keep to its pins, so that one
+    # environment can hold them all. cuda.lock keeps to core's.
+    base = {"core": "cpu", "dev": "cpu", "cuda": "core"}.get(name)
+    if base:
+        command += ["--constraint", str(HERE / f"{base}.lock")]
     report = subprocess.run([*command, "--report", "-", target], check=True, stdout=subprocess.PIPE, text=True).stdout
     pins: dict[str, str] = {}
     for item in json.loads(report)["install"]:
         project = item["metadata"]["name"].lower().replace("_", "-")
         if project not in LEFT_OUT:
             pins[project] = item["metadata"]["version"].split("+")[0]
+    if name == "dev":  # installed on top of cpu.lock
+        base_pins = (HERE / "cpu.lock").read_text(encoding="utf-8").splitlines()
+        pins = {p: v for p, v in pins.items() if f"{p}=={v}" not in base_pins}
     lines = [f"# Made by: python requirements/make_lock.py {' '.join(sys.argv[1:])}", "# Install with: pip install --no-deps -r"]
     lines += [f"{project}=={version}" for project, version in sorted(pins.items())]
     (HERE / f"{name}.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")

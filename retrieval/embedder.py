@@ -178,7 +178,8 @@ class VectorCache:
             for start in range(0, len(wanted), 500):  # SQLite allows 999 parameters in old builds
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
-                for key, blob in self._db.execute(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", part):
+                select = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"  # noqa: S608  # question marks only
+                for key, blob in self._db.execute(select, part):
                     if len(blob) == 4 * dim:
                         found[key] = np.frombuffer(blob, dtype="<f4")
         return found

@@ -1,7 +1,7 @@
 """
 A store folder -> passages, or every fault in it at once. Reads files; embeds and indexes nothing.
 
-Knows the column names of the store folder (docs: faqs.csv, promotions.csv, products.csv, policies/*.md, *.jsonl) and how
+Knows the column names of the store folder (faqs.csv, promotions.csv, products.csv, policies/*.md, *.jsonl) and how
 facts become sentences in a visitor's language. Of store.toml it reads `timezone` and `languages` only; the rest is the
 bot's. All or nothing: one bad row and nothing is returned, so that no half of a store goes live.
 """
@@ -17,7 +17,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta, timezone, tzinfo
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +38,10 @@ _SIGNS = {
     "CNY": "¥", "RMB": "¥", "JPY": "JP¥", "USD": "$", "EUR": "€", "GBP": "£", "HKD": "HK$", "TWD": "NT$", "MOP": "MOP$",
     "KRW": "₩", "SGD": "S$", "AUD": "A$", "CAD": "C$", "NZD": "NZ$", "INR": "₹", "THB": "฿", "VND": "₫", "PHP": "₱",
 }  # fmt: skip
-_MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
 _TWIN_SUFFIX = re.compile(r"[-_.](zh|en|cn)$", re.IGNORECASE)
 
 
@@ -50,12 +53,12 @@ class Clock:
     languages: tuple[str, ...]
 
 
-def load_store(store_dir: Path) -> list[Passage]:
+def load_store(store_dir: Path, zone: tzinfo | None = None) -> list[Passage]:
     """
     Return every passage of the store folder, in file order: FAQs, policies, promotions, products, *.jsonl.
 
     Valid and invalid ones alike: an ended promotion is a passage too. `valid_from` and `valid_until` are aware, in the
-    store's offset of that day. Blocks on disk.
+    store's offset of that day (`zone`, by default store.toml's). Blocks on disk.
 
     Raises:
         BadStore: with every fault of every file; or with one fault where there is no knowledge at all.
@@ -64,6 +67,8 @@ def load_store(store_dir: Path) -> list[Passage]:
     if not store_dir.is_dir():
         raise BadStore([Fault(str(store_dir), None, None, "no such folder; name the folder with store.toml in it")])
     clock = load_clock(store_dir, faults)
+    if zone is not None:
+        clock = Clock(zone, clock.languages)
     passages: list[Passage] = []
     for name, read in (("faqs.csv", _faqs), ("promotions.csv", _promotions), ("products.csv", _products)):
         path = store_dir / name
@@ -75,15 +80,14 @@ def load_store(store_dir: Path) -> list[Passage]:
         passages.extend(_knowledge(path, path.relative_to(store_dir).as_posix(), clock.zone, faults))
     faults.extend(_duplicate_ids(passages))
     if not passages and not faults:
-        faults.append(
-            Fault(str(store_dir), None, None, "no knowledge: add faqs.csv, policies/*.md, promotions.csv or products.csv")
-        )
+        problem = "no knowledge: add faqs.csv, policies/*.md, promotions.csv or products.csv"
+        faults.append(Fault(str(store_dir), None, None, problem))
     if faults:
         raise BadStore(faults)
     return passages
 
 
-def load_knowledge(path: Path, zone: tzinfo = timezone.utc) -> list[Passage]:
+def load_knowledge(path: Path, zone: tzinfo = UTC) -> list[Passage]:
     """
     Return the passages of one K.jsonl (see docs/protocol.md); naive times are in `zone`.
 
@@ -101,9 +105,9 @@ def load_knowledge(path: Path, zone: tzinfo = timezone.utc) -> list[Passage]:
 
 
 def load_clock(store_dir: Path, faults: list[Fault]) -> Clock:
-    """Return time zone and languages of store.toml, UTC and both languages without one; append what is wrong to `faults`."""
+    """Return time zone and languages of store.toml, or UTC, zh and en; append what is wrong to `faults`."""
     path = store_dir / "store.toml"
-    zone: tzinfo = timezone.utc
+    zone: tzinfo = UTC
     languages: tuple[str, ...] = ("zh", "en")
     if not path.is_file():
         return Clock(zone, languages)
@@ -116,7 +120,8 @@ def load_clock(store_dir: Path, faults: list[Fault]) -> Clock:
         faults.append(Fault("store.toml", None, None, f"not TOML ({exc}); correct that place"))
         return Clock(zone, languages)
     # The settings may stand at the top or in a [store] table; both are read so that this file need not know the bot's.
-    table = settings.get("store") if isinstance(settings.get("store"), dict) else {}
+    inner = settings.get("store")
+    table: dict[str, Any] = inner if isinstance(inner, dict) else {}
     name = settings.get("timezone", table.get("timezone"))
     if name is not None:
         try:
@@ -201,7 +206,7 @@ def parse_passage(entry: Mapping[str, Any]) -> Passage:
 
 
 def _read_text(path: Path, name: str, faults: list[Fault]) -> str | None:
-    """Return a file's text, or None and a fault. UTF-8 first, then what Excel in China (GB18030) and "Unicode" write."""
+    """Return a file's text, or None and a fault. UTF-8 first, then what Excel writes in China (GB18030)."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -360,9 +365,7 @@ def parse_time(value: str, zone: tzinfo, *, until: bool) -> datetime:
     """
     text = value.strip().replace("年", "-").replace("月", "-").replace("日", " ").strip()
     text = re.sub(r"^(\d{4})[/.](\d{1,2})[/.](\d{1,2})", r"\1-\2-\3", text)
-    text = re.sub(
-        r"^(\d{4})-(\d{1,2})-(\d{1,2})", lambda m: f"{m[1]}-{int(m[2]):02d}-{int(m[3]):02d}", text
-    )
+    text = re.sub(r"^(\d{4})-(\d{1,2})-(\d{1,2})", lambda m: f"{m[1]}-{int(m[2]):02d}-{int(m[3]):02d}", text)
     text = re.sub(r"^(\d{4}-\d{2}-\d{2}) +(\d):", r"\1 0\2:", text)
     if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
         day = date.fromisoformat(text) + (timedelta(days=1) if until else timedelta())
@@ -546,7 +549,8 @@ def _policy(path: Path, name: str, faults: list[Fault]) -> Iterator[Passage]:
         return
     stem, _, suffix = path.stem.rpartition(".")
     lang = suffix.lower() if stem and suffix.lower() in ("zh", "en") else detect_lang(text)
-    title, headings, lines = path.stem, {}, list[str]()
+    title, lines = path.stem, list[str]()
+    headings: dict[int, str] = {}
     sections: list[tuple[str, str]] = []  # (headings below the title, joined by " > "; text)
     fenced = False
     for line in _without_front_matter(text).splitlines():
@@ -625,7 +629,7 @@ def _knowledge(path: Path, name: str, zone: tzinfo, faults: list[Fault]) -> list
             faults.append(Fault(name, number, None, f"not JSON ({exc}); one object a line"))
             continue
         if not isinstance(entry, dict):
-            faults.append(Fault(name, number, None, "not a JSON object; write {\"id\": …, \"text\": …}"))
+            faults.append(Fault(name, number, None, 'not a JSON object; write {"id": …, "text": …}'))
             continue
         passage = _entry(entry, f"{name}:{number}", zone, name, number, faults)
         if passage is not None:
@@ -668,7 +672,7 @@ def _entry(
     if more is None:
         more = []
     if not isinstance(more, list) or not all(isinstance(wording, str) for wording in more):
-        faults.append(Fault(name, number, "questions", "is not a list of texts; write [\"…\", \"…\"]"))
+        faults.append(Fault(name, number, "questions", 'is not a list of texts; write ["…", "…"]'))
         more = []
     if not entry_id and len(faults) == n_faults:
         faults.append(Fault(name, number, "id", "is missing; give every entry an id of its own"))

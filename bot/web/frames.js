@@ -140,7 +140,12 @@ function applyEvent(transcript, frame) {
     const known = next.pending.findIndex(
       (p) => p.id === frame.id || p.seq === frame.seq || (p.seq === undefined && !frame.id && p.text === frame.text),
     );
-    if (known >= 0) next.pending = next.pending.filter((_, i) => i !== known);
+    if (known >= 0) {
+      // The item keeps our id, so that its row keeps its key.
+      const { id } = next.pending[known];
+      next.items = next.items.map((item) => (item.seq === frame.seq ? { ...item, id } : item));
+      next.pending = next.pending.filter((_, i) => i !== known);
+    }
   } else {
     next.agentTyping = false;
     if (isReply(frame) && frame.turn && next.live[frame.turn]) next.live = without(next.live, frame.turn);
@@ -226,7 +231,9 @@ export function rowsOf(transcript) {
     }
   };
   const place = (item) => {
-    if (item.kind === "state") rows.push({ ...item, key: `s${item.seq}` });
+    // Where the system has said it in words, or a visitor simply went on asking, the state needs no line of its own.
+    const told = item.kind === "state" && (rows.at(-1)?.role === "system" || item.reason === "reopened");
+    if (item.kind === "state" && !told) rows.push({ ...item, key: `s${item.seq}` });
     if (item.kind !== "message") return;
     if (isReply(item) && item.turn) {
       const replaced = newest.get(item.turn) !== item.seq;
@@ -235,7 +242,7 @@ export function rowsOf(transcript) {
       rows.push({ ...item, key: `t${item.turn}`, rating: transcript.ratings[item.seq] });
       return;
     }
-    rows.push({ ...item, key: `s${item.seq}` });
+    rows.push({ ...item, key: item.role === "visitor" && item.id ? `p${item.id}` : `s${item.seq}` });
     if (item.role === "visitor" && item.turn && anchor.get(item.turn) === item.seq) placeLive(item.turn);
   };
 
@@ -273,7 +280,7 @@ export function writingTurn(transcript) {
 
 /** The turn whose question has no reply and none under way, or null: its reply was lost on the server's side. */
 export function unansweredTurn(transcript) {
-  if (transcript.state !== "bot") return null;
+  if (transcript.state !== "bot" && transcript.state !== "waiting") return null; // waiting for a human, the bot still answers
   for (let i = transcript.items.length - 1; i >= 0; i -= 1) {
     const item = transcript.items[i];
     if (item.kind !== "message") continue;

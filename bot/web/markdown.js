@@ -182,6 +182,8 @@ function takePair(text, at, depth) {
     while (end >= 0 && (/\s/.test(text[end - 1]) || (mark.length === 1 && text[end + 1] === mark))) {
       end = text.indexOf(mark, end + (text[end + 1] === mark ? 2 : 1));
     }
+    // "***both***": the inner mark closes first.
+    if (mark.length === 2 && text[from] === mark[0] && end >= 0 && text[end + 2] === mark[0]) end += 1;
     if (end <= from || text.slice(from, end).includes("\n\n")) continue;
     if (mark[0] === "_" && /[\p{L}\p{N}]/u.test(text[end + mark.length] ?? "")) continue;
     return { span: { type, spans: parseInline(text.slice(from, end), depth + 1) }, length: end + mark.length - at };

@@ -1,59 +1,11 @@
 /*
- * The widget's style sheet, as a constructed CSSStyleSheet: works under `style-src 'self'`, meets no style of
- * the host page. `--accent` and `--on-accent` are set by widget.js from data-color.
+ * Style of the open panel, as a constructed CSSStyleSheet: works under `style-src 'self'`, meets no style of the
+ * host page. Colours are variables of the host element, set in widget.js.
  */
-
-const BASE = `
-:host { all: initial; position: fixed; z-index: 2147483000; inset: auto 0 0 auto; color-scheme: light dark;
-  --accent: #2f6f4f; --on-accent: #fff;
-  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "PingFang SC", "Hiragino Sans GB",
-    "Microsoft YaHei UI", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", sans-serif;
-  --bg: #f6f7f4; --surface: #fff; --ink: #1d2420; --soft: #5c665f; --line: #e1e5df; --hover: #eef1ec;
-  --link: color-mix(in oklab, var(--accent), #000 12%); --tint: color-mix(in oklab, var(--accent) 10%, #fff);
-  --bad: #a8321f; --badtint: #fcefec; --shadow: 0 24px 64px -12px rgb(20 34 26 / .28), 0 4px 16px rgb(20 34 26 / .10);
-  --side: 20px; font: 400 15px/1.55 var(--font); color: var(--ink); }
-:host([data-position="left"]) { inset: auto auto 0 0; }
-:host([hidden]) { display: none; }
-*, *::before, *::after { box-sizing: border-box; }
-button { font: inherit; color: inherit; background: none; border: 0; padding: 0; margin: 0; cursor: pointer;
-  -webkit-tap-highlight-color: transparent; touch-action: manipulation; }
-button:disabled { cursor: default; }
-:focus { outline: none; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-.icon { width: 20px; height: 20px; fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
-  stroke-linejoin: round; flex: none; display: block; }
-.icon.filled { fill: currentColor; }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-.launcher { position: fixed; right: calc(var(--side) + env(safe-area-inset-right)); bottom: calc(20px + env(safe-area-inset-bottom));
-  width: 60px; height: 60px; border-radius: 50%; background: var(--accent); color: var(--on-accent); display: grid;
-  place-items: center; box-shadow: 0 10px 28px -6px color-mix(in srgb, var(--accent) 60%, transparent), 0 3px 10px rgb(0 0 0 / .16);
-  transition: transform .18s ease, box-shadow .18s ease; }
-:host([data-position="left"]) .launcher { right: auto; left: calc(var(--side) + env(safe-area-inset-left)); }
-.launcher:hover { transform: translateY(-2px); }
-.launcher:active { transform: scale(.96); }
-.launcher:focus-visible { outline: 3px solid var(--surface); outline-offset: -6px;
-  box-shadow: 0 0 0 3px var(--link), 0 10px 28px -6px rgb(0 0 0 / .3); }
-.launcher .icon { width: 28px; height: 28px; }
-.launcher[aria-expanded="true"] .icon { transform: translateY(1px); }
-.badge { position: absolute; top: -3px; right: -3px; min-width: 22px; height: 22px; padding: 0 6px; border-radius: 11px;
-  background: #c93a22; color: #fff; font: 600 12px/22px var(--font); text-align: center; box-shadow: 0 0 0 2px #fff; }
-.badge[hidden] { display: none; }
-@media (prefers-color-scheme: dark) { :host(:not([data-theme="light"])) { DARK } }
-:host([data-theme="dark"]) { DARK }
-:host([data-theme="light"]) { color-scheme: light; }
-@media print { :host { display: none; } }
-@media (prefers-reduced-motion: reduce) { *, *::before, *::after { animation-duration: .01ms !important;
-  animation-iteration-count: 1 !important; transition-duration: .01ms !important; scroll-behavior: auto !important; } }
-`.replace(
-  /\{ DARK \}/g,
-  `{ color-scheme: dark; --bg: #141816; --surface: #1f2522; --ink: #e9eeea; --soft: #a3aea7; --line: #333b36; --hover: #2a322d;
-  --link: color-mix(in oklab, var(--accent), #fff 52%); --tint: color-mix(in oklab, var(--accent) 26%, #1a201d);
-  --bad: #ff9c86; --badtint: #3a231e; --shadow: 0 24px 64px -12px rgb(0 0 0 / .7), 0 0 0 1px #333b36; }`,
-);
 
 const PANEL = `
 .panel { position: fixed; right: calc(var(--side) + env(safe-area-inset-right)); bottom: calc(94px + env(safe-area-inset-bottom));
-  width: min(404px, calc(100vw - 40px)); height: min(660px, calc(100dvh - 124px)); display: grid;
+  width: min(404px, calc(100vw - 40px)); height: min(680px, calc(100dvh - 172px)); display: grid;
   grid-template-rows: auto minmax(0, 1fr) auto; background: var(--bg); border-radius: 20px; overflow: hidden;
   box-shadow: var(--shadow); animation: rise .22s cubic-bezier(.2, .8, .3, 1); }
 :host([data-position="left"]) .panel { right: auto; left: calc(var(--side) + env(safe-area-inset-left)); }
@@ -85,6 +37,7 @@ header .buttons { display: flex; gap: 2px; }
 .rows { display: flex; flex-direction: column; gap: 10px; min-height: 100%; }
 .row { display: flex; flex-direction: column; align-items: flex-start; max-width: 100%; animation: appear .2s ease; }
 @keyframes appear { from { opacity: 0; transform: translateY(6px); } }
+.tail { display: contents; }
 .row.visitor { align-items: flex-end; }
 .bubble { max-width: 88%; padding: 10px 14px; border-radius: 16px; overflow-wrap: anywhere; text-wrap: pretty; line-break: strict; }
 .row.bot .bubble, .row.agent .bubble { background: var(--surface); border: 1px solid var(--line); border-bottom-left-radius: 5px; }
@@ -110,8 +63,8 @@ header .buttons { display: flex; gap: 2px; }
 .host { color: var(--soft); font-size: .87em; font-weight: 400; }
 .mark { display: inline-grid; place-items: center; min-width: 17px; height: 17px; padding: 0 4px; margin: 0 2px; border-radius: 9px; font-size: 11px;
   font-weight: 650; line-height: 1; color: var(--link); background: var(--tint); vertical-align: 2px; }
-.mark:hover, .mark[aria-expanded="true"] { background: var(--link); color: var(--surface); }
-.caret::after { content: ""; display: inline-block; width: 7px; height: 1.05em; margin-left: 3px; border-radius: 2px; vertical-align: -.16em;
+button.mark:hover, .mark[aria-expanded="true"] { background: var(--link); color: var(--surface); }
+.caret > :last-child:not(ul, ol)::after, .caret > :is(ul, ol):last-child > li:last-child::after { content: ""; display: inline-block; width: 7px; height: 1.05em; margin-left: 3px; border-radius: 2px; vertical-align: -.16em;
   background: var(--link); animation: blink 1s steps(2) infinite; }
 @keyframes blink { 50% { opacity: 0; } }
 
@@ -146,7 +99,7 @@ a.card:hover { border-color: var(--link); }
 .card .few { color: var(--bad); }
 
 .foot { display: flex; align-items: center; gap: 1px; min-height: 28px; margin: 3px 0 0; padding-left: 3px; color: var(--soft); font-size: 12px; max-width: 100%; flex-wrap: wrap; }
-.row.visitor .foot { padding: 0 3px 0 0; }
+.row.visitor .foot { padding: 0 3px 0 0; min-height: 20px; }
 .foot .gap { width: 8px; }
 .foot .tag { display: inline-flex; align-items: center; gap: 4px; margin-left: 8px; }
 .foot .tag .icon { width: 14px; height: 14px; }
@@ -179,6 +132,7 @@ a.card:hover { border-color: var(--link); }
 .box:focus-within { border-color: var(--link); box-shadow: 0 0 0 1px var(--link); }
 textarea { flex: 1; min-width: 0; resize: none; border: 0; background: none; color: var(--ink); font: inherit; line-height: 22px; padding: 7px 0; max-height: 140px;
   height: 36px; overflow-y: hidden; scrollbar-width: thin; }
+textarea:focus-visible { outline: none; }
 textarea::placeholder { color: var(--soft); opacity: 1; }
 .send { width: 36px; height: 36px; border-radius: 50%; display: grid; place-items: center; background: var(--accent); color: var(--on-accent); flex: none;
   transition: opacity .15s; }
@@ -196,6 +150,7 @@ textarea::placeholder { color: var(--soft); opacity: 1; }
 .stars button { width: 42px; height: 42px; display: grid; place-items: center; color: var(--soft); border-radius: 10px; }
 .stars button.on { color: #c98a12; } .stars .icon { width: 28px; height: 28px; }
 .stars button.on .icon { fill: currentColor; }
+.sheet textarea:focus { border-color: var(--link); }
 .sheet textarea { display: block; width: 100%; height: 62px; padding: 8px 12px; border: 1px solid var(--line); border-radius: 12px; background: var(--bg); overflow-y: auto; }
 .sheet .choices { display: flex; gap: 8px; margin-top: 12px; }
 .sheet .choices .pill { flex: 1; justify-content: center; min-height: 42px; border-radius: 21px; }
@@ -218,21 +173,13 @@ textarea::placeholder { color: var(--soft); opacity: 1; }
 @media (forced-colors: active) { .bubble, .pill, .send, .launcher, .panel { border: 1px solid; } .status::before { forced-color-adjust: none; } }
 `;
 
-let base;
-let panel;
+let sheet;
 
-function sheetOf(css) {
-  const sheet = new CSSStyleSheet();
-  sheet.replaceSync(css);
-  return sheet;
-}
-
-/** The launcher's style: all that is needed before the first click. */
-export function baseSheet() {
-  return (base ??= sheetOf(BASE));
-}
-
-/** The open panel's style. */
+/** The one sheet, made when the panel first opens. */
 export function panelSheet() {
-  return (panel ??= sheetOf(PANEL));
+  if (!sheet) {
+    sheet = new CSSStyleSheet();
+    sheet.replaceSync(PANEL);
+  }
+  return sheet;
 }

@@ -1,0 +1,79 @@
+"""
+How sure a hit is: a small logistic model over what is known at query time. Pure, but for reading `calibration.json`.
+
+Knows the features and the coefficients; knows neither passages nor how scores come about. The coefficients are fitted
+by `python -m retrieval calibrate` on public data (retrieval/calibrate.py) and shipped; a store fits nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXACT = 0.99
+SHIPPED = Path(__file__).with_name("calibration.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What tells a right hit from the best of the wrong ones; each about 0 to 1, or a z-score over 5."""
+
+    cosine: float  # best centred cosine of the passage, in [-1, 1]; 0 is unrelated
+    standout: float  # the passage's dense z-score among the candidates of this query, over 5
+    margin: float  # fused score above the best other passage (no translation of this one), in [-1, 1]
+    coverage: float  # weighted share of the query's words that the matched wording or body has, in [0, 1]
+    exact: float  # 1 where the query is one of the passage's wordings, letter for letter
+    code: float  # 1 where the query names the passage's article number or coupon code
+    brevity: float  # 1 / (1 + number of words of the query): short queries say little
+    other_lang: float  # 1 where the passage is in another language than the query
+    body: float  # 1 where a body matched better than every wording
+
+    def values(self) -> tuple[float, ...]:
+        """Return the features in the order of their names."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+NAMES = tuple(field.name for field in fields(Features))
+
+
+class Calibration:
+    """Logistic coefficients, one weight a feature and a bias; and what the embedder's vectors have in common."""
+
+    def __init__(
+        self, weights: dict[str, float], bias: float, embedder: str = "", means: dict[str, list[float]] | None = None
+    ) -> None:
+        self.weights = weights
+        self.bias = bias
+        self.embedder = embedder  # the version whose vectors `means` are of
+        self.means = means or {}
+        self._ordered = tuple(weights.get(name, 0.0) for name in NAMES)
+
+    def confidence(self, features: Features) -> float:
+        """Return the probability in [0, 1] that the hit answers the query."""
+        if features.exact:  # the store's own wording; not fitted, as no public set has its questions in the store
+            return EXACT
+        pairs = zip(self._ordered, features.values(), strict=True)
+        logit = self.bias + sum(coefficient * value for coefficient, value in pairs)
+        return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
+
+    def mean(self, embedder: str, role: str) -> NDArray[np.float32] | None:
+        """Return the mean vector (dim,) of many "query" or "passage" texts under `embedder`; None where not known."""
+        values = self.means.get(role) if embedder == self.embedder else None
+        return None if values is None else np.array(values, dtype=np.float32)
+
+
+def load_calibration(path: Path = SHIPPED) -> Calibration:
+    """
+    Return the coefficients in `path`.
+
+    Raises:
+        OSError, ValueError, KeyError: the file is missing or not one of ours; the package is broken.
+    """
+    entry = json.loads(path.read_text("utf-8"))
+    weights = {name: float(entry["weights"][name]) for name in NAMES}
+    return Calibration(weights, float(entry["bias"]), entry.get("embedder", ""), entry.get("means"))

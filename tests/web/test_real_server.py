@@ -1,0 +1,160 @@
+"""The widget and the demo page against the real server, `serve.py --engine none`: the demo store's approved answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
+from chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
+from playwright.sync_api import expect
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 120.0  # the first start on a machine embeds the demo store
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class RealServer:
+    """`serve.py` in a process of its own, on one port over restarts."""
+
+    def __init__(self, data: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.log = data / "server.log"
+        self._data = data
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def up(self) -> None:
+        command = [sys.executable, "serve.py", "--engine", "none", "--store", "examples/demo", "--host", "127.0.0.1"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", str(self.port)],
+                cwd=ROOT,
+                env={**os.environ, "ZHANGGUI_DATA": str(self._data)},
+                stdout=log,
+                stderr=log,
+            )
+        end = time.monotonic() + READY_S
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"the server did not become ready:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.2)
+
+    def down(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}readyz", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    if not (ROOT / "serve.py").is_file() or not (ROOT / "serve.py").stat().st_size:
+        pytest.skip("there is no serve.py to start yet")
+    running = RealServer(tmp_path_factory.mktemp("server"))
+    running.up()
+    yield running
+    running.down()
+
+
+def test_a_chinese_question_gets_an_approved_answer_with_its_source(open_url: OpenPage, server: RealServer) -> None:
+    page = start(open_url(server.url, "zh"))
+    ask(page, "满多少包邮？")
+    expect(replies(page)).to_contain_text("99")
+    page.locator("zhanggui-chat .source").first.click()
+    expect(page.locator("zhanggui-chat .quote")).to_contain_text("99")
+
+
+def test_an_english_question_gets_an_english_answer_with_its_source(open_url: OpenPage, server: RealServer) -> None:
+    page = start(open_url(server.url, "en"))
+    expect(bubbles(page, "bot").first).to_contain_text("Qinghe Home")
+    ask(page, "How do I return an item?")
+    expect(replies(page)).to_contain_text(re.compile("return", re.I))
+    expect(page.locator("zhanggui-chat .source").first).to_be_visible()
+
+
+def test_the_page_shows_the_store_in_both_languages(open_url: OpenPage, server: RealServer) -> None:
+    page = open_url(server.url, "zh")
+    expect(page.locator("#name")).to_have_text("青禾家居")
+    expect(page.locator("#grid li")).to_have_count(12)
+    expect(page.locator("#promotions")).to_be_visible()
+    expect(page.locator("#ready-index")).to_have_attribute("data-is", "ready")
+    expect(page.locator("#ready-engine")).to_have_text("未启用 AI 模型，用审核过的答案回答")
+    page.get_by_role("button", name="English").click()
+    expect(page.locator("#name")).to_have_text("Qinghe Home")
+    expect(page.locator("#grid li").first).to_contain_text(re.compile("[a-z]{4}"))
+    picture = page.locator("#grid img").first
+    assert picture.evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 0
+
+
+def test_the_widget_on_a_phone(open_url: OpenPage, server: RealServer) -> None:
+    page = open_url(server.url, "zh", size=PHONE, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    launcher(page).tap()
+    page.locator("zhanggui-chat .quick button").first.tap()
+    expect(replies(page)).to_have_count(1)
+    expect(panel(page)).to_have_attribute("aria-modal", "true")
+
+
+def test_what_a_visitor_writes_is_shown_as_text(open_url: OpenPage, server: RealServer) -> None:
+    page = start(open_url(server.url, "en"))
+    hostile = (
+        '<img src=x onerror="window.pwned=1"> **bold** [x](javascript:window.pwned=1) <script>window.pwned=1</script>'
+    )
+    ask(page, hostile)
+    expect(bubbles(page, "visitor")).to_have_text(hostile)
+    assert bubbles(page, "visitor").locator("*").count() == 0
+    expect(replies(page)).to_have_count(1)
+
+
+def test_a_rating_a_human_and_the_end(open_url: OpenPage, server: RealServer) -> None:
+    page = start(open_url(server.url, "zh"))
+    ask(page, "怎么退货？")
+    expect(replies(page)).to_have_count(1)
+    up = replies(page).get_by_role("button", name="有帮助", exact=True)
+    up.click()
+    expect(up).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="转人工", exact=True).click()
+    expect(page.get_by_role("button", name="已请求人工")).to_be_disabled()
+    page.reload()
+    expect(replies(page).get_by_role("button", name="有帮助", exact=True)).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="结束会话").click()
+    page.get_by_role("radio", name="5 星").click()
+    page.locator("zhanggui-chat .sheet").get_by_role("button", name="结束会话").click()
+    expect(page.get_by_role("button", name="开始新会话")).to_be_visible()
+
+
+def test_a_restart_of_the_server_loses_nothing(open_url: OpenPage, server: RealServer) -> None:
+    page = start(open_url(server.url, "en"))
+    ask(page, "Is shipping free?")
+    expect(replies(page)).to_have_count(1)
+    server.down()
+    expect(page.locator("zhanggui-chat .status")).not_to_have_attribute("data-is", "online")
+    ask(page, "How do I return an item?")
+    expect(page.locator("zhanggui-chat .row.unsent")).to_have_count(1)
+    server.up()
+    page.evaluate("dispatchEvent(new Event('online'))")
+    expect(replies(page)).to_have_count(2)
+    expect(bubbles(page, "visitor")).to_have_count(2)
+    page.reload()
+    expect(replies(page)).to_have_count(2)
