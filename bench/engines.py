@@ -247,7 +247,7 @@ class Arm:
 
 def ratio(result: dict[str, Any], base: dict[str, Any], n: str) -> float:
     """Return the median of the rounds' ratios: each round of both was run within minutes."""
-    return statistics.median(a / b for a, b in zip(result[n]["all"], base[n]["all"], strict=True))
+    return float(statistics.median(a / b for a, b in zip(result[n]["all"], base[n]["all"], strict=True)))
 
 
 def same_share(a: list[str], b: list[str]) -> float:

@@ -486,6 +486,10 @@ class ConversationHub:
         n = 0
         for due in await self.storage.unanswered(since=datetime.now(UTC) - timedelta(seconds=max_age_s)):
             async with self._using(due.conversation) as live:
+                # Looked up again under the lock: its visitor may have come back meanwhile, and have the reply.
+                asked = await self.storage.find_ask(due.conversation, due.client_id)
+                if asked is None or asked.answered:
+                    continue
                 n += self._enqueue(live, _Ask(due.client_id, due.text, due.seq), retry=True)
         if n:
             logger.info("answering %d questions that a restart left without a reply", n)

@@ -131,9 +131,16 @@ def openai_routes(
         "/chat/completions",
         response_model=None,
         openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema(
-                ref_template="#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema/$defs/{model}"
-            )}}}
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": ChatRequest.model_json_schema(
+                            ref_template="#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema/$defs/{model}"
+                        )
+                    }
+                },
+            }
         },
     )
     async def chat_completions(request: Request) -> Response:
@@ -202,9 +209,7 @@ def openai_routes(
             }
         )
 
-    async def streamed(
-        answering: _Answering, first: Delta | Reply, *, include_usage: bool
-    ) -> AsyncIterator[str]:
+    async def streamed(answering: _Answering, first: Delta | Reply, *, include_usage: bool) -> AsyncIterator[str]:
         def chunk(delta: dict[str, Any] | None, finish: str | None = None, **fields: Any) -> str:
             choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
             frame = {

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -29,7 +30,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from bot.conversations import Answerer, ConversationHub, Subscriber
 from bot.engine import Engine, EngineState
-from bot.errors import BadFrame, BotError, ClientError, MerchantError, TooLong, UnknownConversation
+from bot.errors import BadFrame, BotError, ClientError, MerchantError, StorageUnavailable, TooLong, UnknownConversation
 from bot.language import reply_language
 from bot.limits import Places, RateLimit, is_loopback
 from bot.messages import Release
@@ -138,6 +139,7 @@ def create_app(parts: Parts) -> FastAPI:
     if parts.store_dir is not None and (parts.store_dir / "images").is_dir():
         app.mount("/store/images", StoreImages(directory=parts.store_dir / "images"))
     app.mount("/", Pages(directory=parts.web_dir, html=True, check_dir=False))
+    app.state.check_storage = server.check_storage
     return app
 
 
@@ -171,6 +173,19 @@ class _Server:
         return {"ready": index.ready, "passages": index.n_passages}
 
     # Lifespan
+
+    async def check_storage(self) -> None:
+        """
+        Open the storage, bring its schema up to date, close it again.
+
+        Raises:
+            MerchantError: it cannot be used; says why. (Raised inside the lifespan, uvicorn would print a traceback.)
+        """
+        try:
+            await self.parts.storage.open()
+        except StorageUnavailable as exc:
+            raise MerchantError(f"the database cannot be opened: {exc.__cause__}") from exc
+        await self.parts.storage.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -650,10 +665,25 @@ def listening_socket(host: str, port: int, *, user_timeout_ms: int = 10_000) -> 
     return listening
 
 
-def run(app: ASGIApp, host: str, port: int, **options: Any) -> None:
-    """Serve until SIGINT or SIGTERM; `options` are those of `uvicorn_config`. Blocks."""
+def run(app: FastAPI, host: str, port: int, **options: Any) -> None:
+    """
+    Serve until SIGINT or SIGTERM; `options` are those of `uvicorn_config`. Blocks.
+
+    Raises:
+        MerchantError: the address is taken, or the database cannot be used.
+    """
     with listening_socket(host, port) as listening:
-        uvicorn.Server(uvicorn_config(app, host, port, **options)).run(sockets=[listening])
+        asyncio.run(app.state.check_storage())
+        Server(uvicorn_config(app, host, port, **options)).run(sockets=[listening])
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but being asked to stop and stopping is a success: exit status 0."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        # Else the signal is raised again once all is closed, and the process is reported as killed by it.
+        self._captured_signals.clear()
 
 
 # Small things

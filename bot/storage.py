@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 MIGRATIONS_DIR = Path(__file__).with_name("migrations")
 BUSY_TIMEOUT_MS = 5_000
+MAX_SEQ = 2**31 - 1
 MAX_BATCH = 64  # operations in one commit; more gains nothing and makes the first one wait
 
 T = TypeVar("T")
@@ -188,6 +189,7 @@ class Storage:
         except BaseException:
             await self.close()
             raise
+        self._writes = asyncio.Queue()  # a new one: the old one belongs to the loop it was used in
         self._writer = asyncio.create_task(self._write_loop(), name="storage-writer")
 
     async def close(self) -> None:
@@ -313,6 +315,7 @@ class Storage:
 
     async def events(self, conversation: str, after: int = 0, *, last: int | None = None) -> list[Event]:
         """Return the events with a sequence number over `after`, in order; with `last`, only the last so many."""
+        after = min(after, MAX_SEQ)  # visitors may say any number; drivers raise on one that does not fit
         query = sa.select(_events).where(_events.c.conversation_id == conversation, _events.c.seq > after)
         query = query.order_by(_events.c.seq) if last is None else query.order_by(_events.c.seq.desc()).limit(last)
         events = [_event(row) for row in await self._read(query)]

@@ -23,15 +23,15 @@ SHIPPED = Path(__file__).with_name("calibration.json")
 class Features:
     """What tells a right hit from the best of the wrong ones; each about 0 to 1, or a z-score over 5."""
 
-    cosine: float  # best centred cosine of the passage, in [-1, 1]; 0 is unrelated
-    standout: float  # the passage's dense z-score among the candidates of this query, over 5
+    body: float  # centred cosine of the passage as a whole, in [-1, 1]; 0 is unrelated
+    wording: float  # centred cosine of its best wording
+    standout: float  # z-score of its fused score among the candidates of this query, over 5
     margin: float  # fused score above the best other passage (no translation of this one), in [-1, 1]
-    coverage: float  # weighted share of the query's words that the matched wording or body has, in [0, 1]
+    coverage: float  # weighted share of the query's words that the passage has, in [0, 1]
     exact: float  # 1 where the query is one of the passage's wordings, letter for letter
     code: float  # 1 where the query names the passage's article number or coupon code
     brevity: float  # 1 / (1 + number of words of the query): short queries say little
     other_lang: float  # 1 where the passage is in another language than the query
-    body: float  # 1 where a body matched better than every wording
 
     def values(self) -> tuple[float, ...]:
         """Return the features in the order of their names."""

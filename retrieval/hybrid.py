@@ -24,9 +24,14 @@ from retrieval.load import twin_key
 from retrieval.passages import Hit, Passage, is_valid
 from retrieval.words import codes, detect_lang, squash, words
 
-LEXICAL = 0.4  # what a full word match is worth in centred cosines
-SAME_LANG = 0.05  # cosines; enough to turn a translation's lead, too little to bury the only answer there is
-EXACT = 2.0  # the query is a wording: nothing may stand before it
+# The fused score is their weighted mean: centred cosines, and the share of the query's words (docs/experiments.md).
+BODY = 2.0  # the passage as a whole, all its wordings with its text
+BEST_WORDING = 1.0
+ALL_WORDINGS = 0.5  # their mean
+LEXICAL = 1.0
+SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the only answer there is
+APPROVED = 0.03  # of a FAQ and a policy that say the same, the FAQ: it can go out word for word
+EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_DENSE = 256  # units taken from the vector side
 N_LEXICAL = 64  # passages taken from the word side that the vector side did not bring
@@ -139,58 +144,62 @@ class HybridRetriever:
         index = self.index
         vector = index.place(self._vector(query))
         # 1) Candidates: nearest units, most words shared, and whatever the query names by code or letter for letter.
-        allowed_units = allowed[index.owners]
-        _, near = index.nearest(vector, allowed_units, N_DENSE)
+        _, near = index.nearest(vector, allowed[index.owners], N_DENSE)
         lexical, most = index.lexical.score(query)
-        lexical[~allowed_units] = 0
-        best_lexical = np.zeros(len(index.passages), dtype=np.float32)
-        np.maximum.at(best_lexical, index.owners, lexical)
-        by_words = np.argsort(best_lexical, kind="stable")[::-1][:N_LEXICAL]
-        exact = set(index.by_squash.get(squash(query), ()))
+        by_words = np.argsort(np.where(allowed, lexical, 0), kind="stable")[::-1][:N_LEXICAL]
+        exact = {n for n in index.by_squash.get(squash(query), ()) if index.passages[n].kind in ("faq", "product")}
         named = {number for code in codes(query) for number in index.by_code.get(code, ())}
-        chosen = set(index.owners[near].tolist())
-        chosen.update(by_words[best_lexical[by_words] > 0].tolist())
-        chosen.update(number for number in exact | named if allowed[number])
-        # 2) Every unit of every candidate, scored both ways.
-        numbers = np.flatnonzero(np.isin(index.owners, np.fromiter(chosen, dtype=np.int32)))
+        found = np.concatenate([index.owners[near], by_words, np.fromiter(exact | named, dtype=np.int64)])
+        owners = np.unique(found)
+        owners = owners[allowed[owners] & (np.isin(owners, index.owners[near]) | (lexical[owners] > 0))]
+        # 2) Every candidate scored all ways; its body is the last of its units.
+        firsts, lasts = index.first_unit[owners], index.first_unit[owners + 1] - 1
+        n_wordings = lasts - firsts
+        numbers = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts + 1, strict=True)])
         cosines = index.cosines(vector, numbers)
-        coverage = np.minimum(lexical[numbers] / most, 1.0) if most > 0 else np.zeros(len(numbers), dtype=np.float32)
-        fused_units = cosines + LEXICAL * coverage
-        # 3) A passage is as good as its best unit.
-        best: dict[int, int] = {}  # passage -> position in numbers
-        best_cosine: dict[int, float] = {}
-        for position, owner in enumerate(index.owners[numbers].tolist()):
-            if owner not in best or fused_units[position] > fused_units[best[owner]]:
-                best[owner] = position
-            best_cosine[owner] = max(best_cosine.get(owner, -1.0), float(cosines[position]))
+        starts = np.cumsum(n_wordings + 1) - (n_wordings + 1)  # of each candidate, in numbers
+        body = cosines[starts + n_wordings]
+        as_wordings = cosines.copy()
+        as_wordings[starts + n_wordings] = np.where(n_wordings == 0, body, -1.0)
+        best_wording = np.maximum.reduceat(as_wordings, starts)
+        sums = np.add.reduceat(cosines, starts) - body
+        all_wordings = np.where(n_wordings == 0, body, sums / np.maximum(n_wordings, 1))
+        coverage = np.minimum(lexical[owners] / most, 1.0) if most > 0 else np.zeros(len(owners))
+        mixed = BODY * body + BEST_WORDING * best_wording + ALL_WORDINGS * all_wordings + LEXICAL * coverage
+        mixed /= BODY + BEST_WORDING + ALL_WORDINGS + LEXICAL
+        # 3) What is known beside likeness; then one of each pair of translations.
+        place = {owner: position for position, owner in enumerate(owners.tolist())}
         fused = {
-            owner: float(fused_units[position])
+            owner: float(mixed[position])
             + SAME_LANG * (index.passages[owner].lang == lang)
+            + APPROVED * index.passages[owner].approved
             + EXACT * (owner in exact)
             + CODE * (owner in named)
-            for owner, position in best.items()
+            for owner, position in place.items()
         }
         order = self._fold_twins(sorted(fused, key=lambda owner: (-fused[owner], owner)), fused, lang)
         # 4) What the confidence is made of.
-        background = np.array([best_cosine[owner] for owner in order])
+        background = np.array([mixed[place[owner]] for owner in order])
         mean, spread = float(background.mean()), max(float(background.std()), 0.05)
-        n_words = len(words(query))
-        features = {}
+        brevity = 1 / (1 + len(words(query)))
+        features, wording = {}, {}
         for rank, owner in enumerate(order):
-            rival = fused[order[1 if rank == 0 else 0]] if len(order) > 1 else fused[owner] - 0.2
-            position = best[owner]
+            rival = fused[order[1 if rank == 0 else 0]] if len(order) > 1 else fused[owner] - 0.1
+            position = place[owner]
             features[owner] = Features(
-                cosine=best_cosine[owner],
-                standout=(best_cosine[owner] - mean) / spread / 5 if len(order) > 2 else 0.4,
+                body=float(body[position]),
+                wording=float(best_wording[position]),
+                standout=(float(mixed[position]) - mean) / spread / 5 if len(order) > 2 else 0.4,
                 margin=max(-1.0, min(1.0, fused[owner] - rival)),
                 coverage=float(coverage[position]),
                 exact=float(owner in exact),
                 code=float(owner in named),
-                brevity=1 / (1 + n_words),
+                brevity=brevity,
                 other_lang=float(index.passages[owner].lang not in (lang, "")),
-                body=float(index.is_body[numbers[position]]),
             )
-        wording = {owner: index.units[numbers[best[owner]]].text for owner in order}
+            start = int(starts[position])
+            best = int(np.argmax(as_wordings[start : start + int(n_wordings[position]) + 1]))
+            wording[owner] = index.units[int(numbers[start + best])].text
         return _Ranked(order, fused, features, wording)
 
     def _fold_twins(self, order: list[int], fused: dict[int, float], lang: str) -> list[int]:

@@ -28,7 +28,7 @@ from retrieval.load import content_hash, dump_passage, parse_passage
 from retrieval.passages import Passage
 from retrieval.words import codes, squash
 
-FORMAT = 2
+FORMAT = 3
 BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only averaged in
 # Every vector of e5 shares a direction, so that any two texts have a cosine of 0.75 and more. Taking the mean away
 # makes 0 mean "unrelated" and gained 1 point of recall@1 (docs/experiments.md). A store's own mean is better than the
@@ -72,7 +72,8 @@ class Index:
             raise IndexDamaged(f"{len(vectors)} vectors for {len(self.units)} wordings and texts")
         self.owners = np.array([unit.owner for unit in self.units], dtype=np.int32)
         self.is_body = np.array([unit.is_body for unit in self.units], dtype=bool)
-        self.lexical = Lexical([unit.text for unit in self.units])
+        self.first_unit = np.searchsorted(self.owners, np.arange(len(self.passages) + 1))  # its body is its last unit
+        self.lexical = Lexical([body_of(passage) for passage in self.passages])
         self.by_id = {passage.id: number for number, passage in enumerate(self.passages)}
         self.by_squash: dict[str, list[int]] = {}  # a wording without spaces and signs -> its passages
         for unit in self.units:
@@ -239,15 +240,24 @@ def load_index(folder: Path, embedder: Embedder) -> Index:
 
 
 def units(passages: Sequence[Passage]) -> list[Unit]:
-    """Return what of each passage can be matched: every wording, then one body (title and text together)."""
+    """Return what of each passage can be matched, in its order: every wording, then one body."""
     found: list[Unit] = []
     for number, passage in enumerate(passages):
         found.extend(Unit(number, wording, False) for wording in passage.questions)
-        title = "" if passage.text.startswith(passage.title) else passage.title
-        body = f"{title}\n{passage.text}" if title else passage.text
-        if body.strip() and (not passage.questions or body.strip() != passage.questions[0]):
-            found.append(Unit(number, body.strip(), True))
+        found.append(Unit(number, body_of(passage), True))
     return found
+
+
+def body_of(passage: Passage) -> str:
+    """
+    Return a passage as one text: title, wordings, what is quoted.
+
+    With the wordings in it: one vector of everything found 3 points more than one of question and answer, and 8 points
+    more than the best wording's vector alone (docs/experiments.md).
+    """
+    said = [] if passage.text.startswith(passage.title) else [passage.title]
+    said += [q for q in passage.questions if q not in passage.title and not passage.text.startswith(q)]
+    return (" ".join(said) + "\n" + passage.text).strip() or passage.id
 
 
 def passage_codes(passage: Passage) -> set[str]:

@@ -214,10 +214,11 @@ class CuttingProxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
-        left = self.cut_after_bytes
-        up = asyncio.create_task(_pump(reader, upstream_writer))
+        writers, up, left = [writer], None, self.cut_after_bytes
         try:
+            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+            writers.append(upstream_writer)
+            up = asyncio.create_task(_pump(reader, upstream_writer))
             while data := await upstream_reader.read(4096):
                 if left is not None:
                     data, left = data[:left], left - len(data)
@@ -230,9 +231,10 @@ class CuttingProxy:
         except (asyncio.CancelledError, OSError):
             pass
         finally:
-            up.cancel()
-            await asyncio.gather(up, return_exceptions=True)
-            for each in (writer, upstream_writer):
+            if up is not None:
+                up.cancel()
+                await asyncio.gather(up, return_exceptions=True)
+            for each in writers:
                 each.transport.abort()  # as a lost network does: no close frame, no FIN
                 with suppress(OSError):
                     await each.wait_closed()

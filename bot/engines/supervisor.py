@@ -145,7 +145,7 @@ class SupervisedEngine:
 
     async def _until_dead(self) -> str:
         """Return why, once a check has failed."""
-        # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that meets a finished check; close() would hang.
+        # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that meets a finished check; close() hung.
         while True:
             try:
                 async with asyncio.timeout(CHECK_TIMEOUT_S):

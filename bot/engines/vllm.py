@@ -44,21 +44,6 @@ _TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib64/l
 NICE_VARIABLE = "ZHANGGUI_ENGINE_NICE"  # tells the child process how nice to be
 _PRELOADED_VARIABLE = "ZHANGGUI_PRELOADED"
 
-# Our name for a figure, and vLLM's. All are documented at https://docs.vllm.ai/en/latest/usage/metrics.html
-_FIGURES = {
-    "running": "vllm:num_requests_running",
-    "waiting": "vllm:num_requests_waiting",
-    "kv_cache_usage": "vllm:kv_cache_usage_perc",  # in [0, 1], despite its name
-    "prefix_cache_queries": "vllm:prefix_cache_queries",  # tokens
-    "prefix_cache_hits": "vllm:prefix_cache_hits",  # tokens
-    "prompt_tokens": "vllm:prompt_tokens",
-    "generated_tokens": "vllm:generation_tokens",
-    "preemptions": "vllm:num_preemptions",
-    "drafts": "vllm:spec_decode_num_drafts",
-    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
-    "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
-}
-
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -334,6 +319,44 @@ def _merged(a: Chunk, b: Chunk) -> Chunk:
     return Chunk(a.text + b.text, b.finish, a.n_tokens + b.n_tokens, b.n_prompt_tokens, b.n_cached_tokens)
 
 
+class _Figures:
+    """
+    One engine's gauges and counters, written by vLLM after each step on the engine's thread.
+
+    A stat logger by its methods only (vllm.v1.metrics.loggers.StatLoggerBase, which vLLM does not call stable). Not
+    read from Prometheus' registry, where a new engine puts its own figures in place of the older one's.
+    """
+
+    def __init__(self) -> None:
+        gauges = ("running", "waiting", "kv_cache_usage")  # the last in [0, 1]
+        tokens = ("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generated_tokens")
+        drafts = ("drafts", "draft_tokens", "accepted_tokens", "preemptions")
+        self.values = dict.fromkeys((*gauges, *tokens, *drafts), 0.0)
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
+        v = self.values
+        if scheduler_stats is not None:
+            v["running"] = float(scheduler_stats.num_running_reqs)
+            v["waiting"] = float(scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs)
+            v["kv_cache_usage"] = float(scheduler_stats.kv_cache_usage)
+            v["prefix_cache_queries"] += scheduler_stats.prefix_cache_stats.queries
+            v["prefix_cache_hits"] += scheduler_stats.prefix_cache_stats.hits
+            if (drafts := scheduler_stats.spec_decoding_stats) is not None:
+                v["drafts"] += drafts.num_drafts
+                v["draft_tokens"] += drafts.num_draft_tokens
+                v["accepted_tokens"] += drafts.num_accepted_tokens
+        if iteration_stats is not None:
+            v["prompt_tokens"] += iteration_stats.num_prompt_tokens
+            v["generated_tokens"] += iteration_stats.num_generation_tokens
+            v["preemptions"] += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None: ...
+
+    def log(self) -> None: ...
+
+    def record_sleep_state(self, *_: Any) -> None: ...
+
+
 # --- The engine ------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +382,7 @@ class VllmEngine:
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()  # a tokenizer keeps state while it encodes ("Already borrowed")
         self._outlets: dict[asyncio.Task[Any], _Outlet] = {}  # of requests under way; touched on the engine's thread
+        self._figures = _Figures()
         self._progress_at = time.monotonic()  # when vLLM last gave a token, or had nothing to do
         self._reply_s = 5.0  # running mean of how long a reply takes, for retry_after_s
 
@@ -412,6 +436,10 @@ class VllmEngine:
             started.set_exception(error)
             return
         self._llm = llm
+        # The half a million objects of vLLM and torch stay: not to be looked through at each full collection, which
+        # holds up the caller's loop too (vLLM's own server does the same).
+        gc.collect()
+        gc.freeze()
         if not self._closing.is_set():
             self._phase = EngineState(True, "ready")
         started.set_result(None)
@@ -442,7 +470,9 @@ class VllmEngine:
             if self._closing.is_set():
                 raise EngineFailed("the engine was closed while it started")
             self._phase = EngineState(False, "starting", "loading the model")
-            return self._vllm.AsyncLLM.from_engine_args(self._vllm.AsyncEngineArgs(**self._arguments))
+            return self._vllm.AsyncLLM.from_engine_args(
+                self._vllm.AsyncEngineArgs(**self._arguments), stat_loggers=[lambda *_: self._figures]
+            )
 
     def _is_dead(self) -> bool:
         llm = self._llm  # read once: the engine's thread sets it to None in the end
@@ -588,15 +618,10 @@ class VllmEngine:
         return int(llm.get_num_unfinished_requests()) if llm is not None else 0
 
     def figures(self) -> dict[str, float]:
-        """Return vLLM's figures under our names, and its unfinished requests. Counters restart at 0 with the engine."""
+        """Return gauges (running, waiting, unfinished, kv_cache_usage), and counters that begin with this engine."""
         if self._llm is None:
             return {}
-        ours = {theirs: name for name, theirs in _FIGURES.items()}
-        figures = dict.fromkeys(_FIGURES, 0.0)
-        for metric in self._vllm.get_metrics_snapshot():
-            if metric.name in ours:
-                figures[ours[metric.name]] += float(metric.value)
-        return figures | {"unfinished": float(self.unfinished())}
+        return self._figures.values | {"unfinished": float(self.unfinished())}
 
 
 def _chunk_of(output: Any) -> Chunk:
@@ -659,7 +684,6 @@ def _import_vllm() -> Any:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
-    from vllm.v1.metrics.reader import get_metrics_snapshot
 
     return SimpleNamespace(
         AsyncEngineArgs=AsyncEngineArgs,
@@ -669,6 +693,5 @@ def _import_vllm() -> Any:
         GracefulHTTPError=GracefulHTTPError,
         RequestOutputKind=RequestOutputKind,
         SamplingParams=SamplingParams,
-        get_metrics_snapshot=get_metrics_snapshot,
         tokens_input=tokens_input,
     )

@@ -208,6 +208,7 @@ function drawPromotions() {
   );
   $("promotions").hidden = valid.length === 0;
   for (const node of document.querySelectorAll("[data-needs='promotions']")) node.hidden = valid.length === 0;
+  $("promotion-list").dataset.n = Math.min(valid.length, 6);
   $("promotion-list").replaceChildren(
     ...valid.slice(0, 6).map((promotion) =>
       h(

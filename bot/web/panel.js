@@ -471,8 +471,9 @@ export class ChatPanel {
     this.#el.end.hidden = transcript.items.length === 0 || transcript.state === "closed";
     this.#renderStatus();
     this.#renderComposer();
-    if (this.#stick) this.#toEnd();
-    else this.#el.jump.hidden = false;
+    const reply = last && last.role !== "visitor" ? this.#views.get(last.key)?.node : null;
+    if (this.#stick) this.#follow(reply);
+    else if (this.#below > 48) this.#el.jump.hidden = false;
   }
 
   #renderStatus() {
@@ -743,10 +744,23 @@ export class ChatPanel {
 
   // ------------------------------------------------------------------ place and time
 
+  /** How much of the transcript is below what is seen, in pixels. */
+  get #below() {
+    const { scroll } = this.#el;
+    return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
+  }
+
   #scrolled() {
-    const { scroll, jump } = this.#el;
-    this.#stick = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 48;
-    if (this.#stick) jump.hidden = true;
+    this.#stick = this.#below < 48;
+    if (this.#stick) this.#el.jump.hidden = true;
+  }
+
+  /** Go to the end, but not past the beginning of `reply`: one reads from the top. */
+  #follow(reply) {
+    this.#toEnd();
+    if (!reply || reply.offsetTop >= this.#el.scroll.scrollTop) return;
+    this.#el.scroll.scrollTop = reply.offsetTop - 12;
+    this.#el.jump.hidden = false;
   }
 
   #toEnd() {

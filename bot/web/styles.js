@@ -31,7 +31,7 @@ header button:focus-visible { outline-color: var(--on-accent); outline-offset: -
 header .buttons { display: flex; gap: 2px; }
 
 .middle { position: relative; min-height: 0; }
-.scroll { height: 100%; overflow-y: auto; overscroll-behavior: contain; padding: 18px 16px 12px; scrollbar-width: thin;
+.scroll { position: relative; height: 100%; overflow-y: auto; overscroll-behavior: contain; padding: 18px 16px 12px; scrollbar-width: thin;
   scrollbar-color: var(--line) transparent; }
 .scroll:focus-visible { outline-offset: -3px; }
 .rows { display: flex; flex-direction: column; gap: 10px; min-height: 100%; }

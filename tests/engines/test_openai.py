@@ -19,8 +19,7 @@ from bot.engines import openai as module
 from bot.engines.openai import OpenAIEngine, Timeouts
 from bot.errors import EngineBusy, EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
-from tests.engines.conftest import needs_vllm
-from tests.engines.tiny_model import REPLY, pieces_of
+from tests.engines.tiny_model import REPLY, needs_vllm, pieces_of
 
 HELLO = [Message("system", "You help."), Message("user", "你好")]
 ENDLESSLY = [Message("user", "endless")]
@@ -108,6 +107,10 @@ def says(*parts: str | bytes | float) -> Answer:
                 await writer.drain()
 
     return answer
+
+
+def again(part: str, pause_s: float) -> list[str | float]:
+    return [part, pause_s] * 1000
 
 
 def refuses(status: int, *headers: str) -> Answer:
@@ -233,7 +236,7 @@ class TestFailures:
             assert len(server.bodies) == 1
 
     async def test_a_server_that_sends_only_comments_hangs_too(self) -> None:
-        async with talking_to(says(*[": ping\n\n", 0.1] * 50)) as (_, engine):
+        async with talking_to(says(*again(": ping\n\n", 0.1))) as (_, engine):
             with pytest.raises(EngineFailed, match=r"no text for 0\.4 s"):
                 await read(engine)
 
@@ -259,7 +262,7 @@ class TestFailures:
         assert 25 < module._retry_after_s(formatdate(time.time() + 30, usegmt=True)) <= 30
 
     async def test_leaving_closes_the_connection(self) -> None:
-        async with talking_to(says(*[event("a"), 0.01] * 1000)) as (server, engine):
+        async with talking_to(says(*again(event("a"), 0.01))) as (server, engine):
             chunks = engine.stream(HELLO, Sampling())
             await anext(chunks)
             assert (server.n_open, engine.figures()["running"]) == (1, 1)
@@ -275,7 +278,7 @@ class TestFailures:
             await gone(server)
 
     async def test_closing_the_engine_ends_what_is_under_way(self) -> None:
-        async with talking_to(says(*[event("a"), 0.05] * 1000)) as (server, engine):
+        async with talking_to(says(*again(event("a"), 0.05))) as (server, engine):
             task = asyncio.create_task(read(engine))
             await asyncio.sleep(0.1)
             await engine.close()

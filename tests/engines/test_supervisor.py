@@ -20,8 +20,7 @@ from bot.engines.supervisor import SupervisedEngine
 from bot.engines.vllm import VllmEngine
 from bot.errors import EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
-from tests.engines.conftest import needs_vllm, tiny_profile
-from tests.engines.tiny_model import REPLY
+from tests.engines.tiny_model import REPLY, needs_vllm, tiny_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = [Message("user", "hello")]
@@ -270,7 +269,7 @@ class TestWithVllm:
                 import asyncio, sys, time
                 from pathlib import Path
                 from bot.engines.vllm import VllmEngine  # as serve.py does: the child imports it again
-                from tests.engines.conftest import tiny_profile
+                from tests.engines.tiny_model import tiny_profile
 
                 async def main() -> None:
                     engine = VllmEngine(Path(sys.argv[1]), "tiny", tiny_profile())

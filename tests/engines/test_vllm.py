@@ -20,8 +20,7 @@ from bot.engines import vllm as module
 from bot.engines.vllm import VllmEngine, cpu_profile, cuda_profile, engine_arguments
 from bot.errors import EngineBusy, EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
-from tests.engines.conftest import needs_vllm
-from tests.engines.tiny_model import ENDLESS, REPLY, pieces_of
+from tests.engines.tiny_model import ENDLESS, REPLY, needs_vllm, pieces_of
 
 HELLO = [Message("system", "You help."), Message("user", "你好, when do you open?")]
 ENDLESSLY = [Message("user", "endless")]

@@ -8,8 +8,13 @@ characters, as byte-level tokenizers do. No download, no training; needs torch, 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+
+import pytest
+
+from bot.engines.vllm import Profile, cpu_profile
 
 REPLY = "您好！七天内可以退货，运费由我们承担。🙂 Orders over ¥99 ship free — résumé, naïve, ß; end."
 ENDLESS = "the model repeats these words for as long as it may "  # asked for by "endless" in the last message
@@ -20,6 +25,15 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if 'endless' in messages[-1].content %}<|endless|>{% else %}<|reply|>{% endif %}{% endif %}"
 )
+
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def tiny_profile() -> Profile:
+    return cpu_profile().changed(
+        {"max_model_len": 2048, "max_num_seqs": 8, "max_num_queued_reqs": 12, "kv_cache_memory_bytes": 1 << 26}
+    )
 
 
 def pieces_of(text: str) -> list[bytes]:

@@ -375,6 +375,7 @@ _SCRIPTS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ("SLOW", lambda: {"text": "slow words, " * 200, "delta_s": 0.03}),
     ("CUT", lambda: {"text": "This sentence survives a cut connection, whole and in order. " * 3}),
     ("THINK", lambda: {"text": "Done.", "think_s": 30}),
+    ("LONG", lambda: {"text": "- a line of a long list\n" * 60, "delta_s": 0.001}),
     ("HOSTILE", lambda: {"text": HOSTILE}),
     ("REVISED", lambda: {"text": "It costs 99.", "final": "It costs ¥129.", "revised": True}),
     ("CARDS", lambda: {"text": "这两款炖锅和煎锅都适合电磁炉 [1]：", "cards": CARDS, "citations": CITATIONS_ZH[:1],

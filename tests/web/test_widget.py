@@ -54,7 +54,7 @@ def test_an_english_question_is_answered_and_its_link_is_safe(open_page: OpenPag
     page = start(open_page("en"))
     ask(page, "Can I return something?")
     expect(replies(page)).to_contain_text("30 days")
-    expect(replies(page).locator(".tag")).to_have_text("Approved answer")
+    expect(replies(page).locator(".tag")).to_have_text("Store's own words")
     link = replies(page).locator("a")
     expect(link).to_have_attribute("href", "https://qinghe.example/returns")
     expect(link).to_have_attribute("rel", re.compile("noopener"))
@@ -129,6 +129,23 @@ def test_the_limit_is_counted_in_characters_and_nothing_too_long_is_sent(
     box.press("Enter")
     expect(page.locator("zhanggui-chat .send")).to_be_disabled()
     assert server.sent("ask") == []
+
+
+def test_a_reply_longer_than_the_panel_stays_at_its_beginning(open_page: OpenPage) -> None:
+    page = start(open_page())
+    ask(page, "hello")
+    expect(replies(page)).to_have_count(1)
+    ask(page, "LONG list")
+    expect(replies(page)).to_have_count(2)
+    expect(replies(page).last).to_be_in_viewport()
+    seen, reply = page.locator("zhanggui-chat .scroll").bounding_box(), replies(page).last.bounding_box()
+    assert seen is not None
+    assert reply is not None
+    assert 0 <= reply["y"] - seen["y"] < 40
+    page.get_by_role("button", name="More below").click()
+    expect(page.get_by_role("button", name="More below")).to_be_hidden()
+    ask(page, "and then?")
+    expect(replies(page).last.locator(".act").first).to_be_in_viewport()
 
 
 # ---------------------------------------------------------------------- controls

