@@ -16,7 +16,7 @@ from bot.messages import Turn
 
 MAX_QUESTIONS = 3  # more are answered as one message
 
-_END = re.compile(r"(?<=[?？])\s*|(?<=[。！!；;])\s*|(?<=[.])\s+(?=[A-Z0-9])|\n+")
+_END = re.compile(r"(?<=[?？])(?![?？])\s*|(?<=[。！!；;])\s*|(?<=[.])\s+(?=[A-Z0-9])|\n+")
 _ASKS = re.compile(
     r"[?？]|(?:吗|呢|么|嘛)[\s。！!~]*$|多少|怎么|如何|什么|哪|几|能不能|可不可以|可以|是否|有没有|能否|是不是|要不要|想(?:问|知道)|请问|啥|咋|"
     r"\b(?:how|what|when|where|which|who|why|can|could|do|does|did|is|are|will|would|should|may|any)\b",

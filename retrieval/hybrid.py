@@ -142,7 +142,7 @@ class HybridRetriever:
         if not query or not allowed.any():
             return _Ranked([], {}, {}, {})
         index = self.index
-        vector = index.place(self._vector(query))
+        vector = index.place(self._vector(query), query)
         # 1) Candidates: nearest units, most words shared, and whatever the query names by code or letter for letter.
         _, near = index.nearest(vector, allowed[index.owners], N_DENSE)
         lexical, most = index.lexical.score(query)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from retrieval.errors import IndexDamaged
 from retrieval.lexical import Lexical
 from retrieval.load import content_hash, dump_passage, parse_passage
 from retrieval.passages import Passage
-from retrieval.words import codes, squash
+from retrieval.words import codes, detect_lang, squash
 
-FORMAT = 3
+FORMAT = 4
 BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only averaged in
 # Every vector of e5 shares a direction, so that any two texts have a cosine of 0.75 and more. Taking the mean away
 # makes 0 mean "unrelated" and gained 1 point of recall@1 (docs/experiments.md). A store's own mean is better than the
-# shipped one but is nothing for a store of three texts: it counts like n / (n + CENTER_AFTER).
+# shipped one but is nothing for a store of three texts: it counts like n / (n + CENTER_AFTER). Each language has its
+# own: the difference of the two means is "is Chinese", which would keep translations apart.
 CENTER_AFTER = 300
+LANGS = ("zh", "en")
 
 
 class Unit:
@@ -54,16 +56,16 @@ class Index:
         self,
         passages: Sequence[Passage],
         vectors: Vectors,
-        mean: NDArray[np.float32],
+        means: Mapping[str, NDArray[np.float32]],
         embedder_version: str,
         version: str,
     ) -> None:
         """
         Put the index together from centred `vectors` (n_units, dim), one for each of `units(passages)`, in that order.
 
-        `mean` (dim,) is what is taken from a query's vector.
+        `means`, by language, is what is taken from a query's vector, (dim,) each.
         """
-        self.mean = mean
+        self.means = dict(means)
         self.passages = tuple(passages)
         self.version = version
         self.embedder_version = embedder_version
@@ -92,9 +94,9 @@ class Index:
         """The number of dimensions of a vector."""
         return int(self._faiss.d)
 
-    def place(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return a query's vector (dim,) centred as those in the index are, of length 1."""
-        placed: NDArray[np.float32] = center(vector.reshape(1, -1), self.mean)[0]
+    def place(self, vector: NDArray[np.float32], query: str) -> NDArray[np.float32]:
+        """Return the vector (dim,) of `query` centred as those in the index are, of length 1."""
+        placed: NDArray[np.float32] = center(vector.reshape(1, -1), self.means[_side(query)])[0]
         return placed
 
     def nearest(self, vector: NDArray[np.float32], allowed: NDArray[np.bool_], n: int) -> tuple[Any, Any]:
@@ -142,7 +144,7 @@ class Index:
                 "embedder": self.embedder_version,
                 "knowledge": self.version,
                 "dim": self.dim,
-                "mean": [round(float(value), 7) for value in self.mean],
+                "means": {lang: [round(float(value), 7) for value in mean] for lang, mean in self.means.items()},
                 "n_units": len(self.units),
                 "sha256": {name: _sha256(beside / name) for name in ("passages.jsonl", "vectors.faiss")},
             }
@@ -180,16 +182,20 @@ def build_index(
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
     calibration = calibration or load_calibration()
-    means = {
-        role: _mean(vectors[numbers], calibration.mean(embedder.version, role))
-        for role, numbers in (("query", wordings), ("passage", bodies))
-    }
-    vectors[wordings] = center(vectors[wordings], means["query"])
-    vectors[bodies] = center(vectors[bodies], means["passage"])
-    if not wordings:  # texts without a title: how questions look is not known from here
-        shipped = calibration.mean(embedder.version, "query")
-        means["query"] = means["passage"] if shipped is None else shipped
-    return Index(passages, vectors, means["query"], embedder.version, content_hash(passages))
+    sides = np.array([_side(unit.text) for unit in found], dtype=object)
+    is_body = np.array([unit.is_body for unit in found], dtype=bool)
+    means: dict[str, NDArray[np.float32]] = {}
+    for lang in LANGS:
+        for role, chosen in (("passage", is_body & (sides == lang)), ("query", ~is_body & (sides == lang))):
+            mean = _mean(vectors[chosen], calibration.mean(embedder.version, role, lang))
+            vectors[chosen] = center(vectors[chosen], mean)
+            means[lang] = mean  # of the wordings in the end: a query is one
+    return Index(passages, vectors, means, embedder.version, content_hash(passages))
+
+
+def _side(text: str) -> str:
+    """Return which of the two means belongs to `text`; what has no letters goes with English."""
+    return detect_lang(text) or "en"
 
 
 def center(vectors: Vectors, mean: NDArray[np.float32]) -> Vectors:
@@ -228,10 +234,10 @@ def load_index(folder: Path, embedder: Embedder) -> Index:
         vectors = stored.reconstruct_n(0, stored.ntotal) if stored.ntotal else np.zeros((0, embedder.dim), np.float32)
         if vectors.shape[1] != embedder.dim or content_hash(passages) != manifest["knowledge"]:
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
-        mean = np.array(manifest["mean"], dtype=np.float32)
-        if mean.shape != (embedder.dim,):
+        means = {lang: np.array(manifest["means"][lang], dtype=np.float32) for lang in LANGS}
+        if any(mean.shape != (embedder.dim,) for mean in means.values()):
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
-        return Index(passages, vectors, mean, manifest["embedder"], manifest["knowledge"])
+        return Index(passages, vectors, means, manifest["embedder"], manifest["knowledge"])
     except IndexDamaged:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as exc:

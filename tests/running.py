@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -115,7 +116,7 @@ async def running_server(
             await task
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Return once `condition()` holds; fail when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -151,7 +152,7 @@ class Wire:
     async def say(self, type_: str, **fields: Any) -> None:
         await self.socket.send(json.dumps({"type": type_, **fields}))
 
-    async def hear(self, type_: str | None = None, timeout_s: float = 10.0, **fields: Any) -> Frame:
+    async def hear(self, type_: str | None = None, timeout_s: float = 30.0, **fields: Any) -> Frame:
         """Return the next frame, or the next one of this type and with these fields."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -188,7 +189,8 @@ class CuttingProxy:
     n_cut: int = 0
     n_bytes: int = 0  # from the server, over all connections
     _server: asyncio.Server | None = None
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)  # connections that may be cut
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -200,15 +202,25 @@ class CuttingProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        tasks = [*self._tasks, *self._closing]
+        self.cut_all()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.wait_closed()
+
+    @property
+    def n_open(self) -> int:
+        return len(self._tasks)
 
     def cut_all(self) -> None:
         """Cut every open connection now."""
         for task in list(self._tasks):
             task.cancel()
+
+    def cut_one(self, rng: random.Random) -> None:
+        """Cut one open connection, if there is any."""
+        if self._tasks:
+            self.n_cut += 1
+            rng.choice(sorted(self._tasks, key=lambda task: task.get_name())).cancel()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -231,14 +243,17 @@ class CuttingProxy:
         except (asyncio.CancelledError, OSError):
             pass
         finally:
+            self._tasks.discard(task)  # nobody cuts it again while it closes
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            for each in writers:
+                each.transport.abort()  # as a lost network does: no close frame, no FIN
             if up is not None:
                 up.cancel()
                 await asyncio.gather(up, return_exceptions=True)
             for each in writers:
-                each.transport.abort()  # as a lost network does: no close frame, no FIN
                 with suppress(OSError):
                     await each.wait_closed()
-            self._tasks.discard(task)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -42,7 +42,6 @@ SHUTDOWN_TIMEOUT_S = 10.0  # for the child to end by itself, before it is killed
 # Debian's libtcmalloc-minimal4; the second is Fedora's place. libiomp5 comes with the intel-openmp wheel.
 _TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib64/libtcmalloc_minimal.so.4")
 NICE_VARIABLE = "ZHANGGUI_ENGINE_NICE"  # tells the child process how nice to be
-_PRELOADED_VARIABLE = "ZHANGGUI_PRELOADED"
 
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -193,6 +192,7 @@ def preload_environment() -> dict[str, str]:
     """
     Return LD_PRELOAD and what goes with it, for a process that runs the model on CPU; empty where a library is missing.
 
+    For the child alone: it is a fresh process, and this one runs no model, so it need not start itself again.
     Both or none: vLLM adds torch's libgomp where it sees no libiomp5, and the two must not meet.
     """
     found = [p for p in (_first_existing(_TCMALLOC), _first_existing([f"{sys.prefix}/lib/libiomp5.so"])) if p]
@@ -205,26 +205,9 @@ def preload_environment() -> dict[str, str]:
     return {
         "LD_PRELOAD": ":".join(libraries),
         # The threads of libiomp5 spin after each parallel stretch, 200 ms unless told; see docs/experiments.md.
-        "KMP_BLOCKTIME": "1",
+        "KMP_BLOCKTIME": os.environ.get("KMP_BLOCKTIME", "1"),
         "KMP_TPAUSE": "0",
     }
-
-
-def reexec_with_preload() -> None:
-    """
-    Start this very command again with the libraries preloaded; return at once where that was done or is impossible.
-
-    Only needed by a process that runs the model itself. `VllmEngine` runs it in a child, which gets the variables
-    from `start()`; measured the same either way (docs/experiments.md).
-    """
-    if os.environ.get(_PRELOADED_VARIABLE) or profile_for_this_machine().device != "cpu":
-        return
-    variables = preload_environment()
-    if not variables:
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables, _PRELOADED_VARIABLE: "1"})  # noqa: S606
 
 
 def _first_existing(paths: Sequence[str]) -> str | None:

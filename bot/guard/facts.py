@@ -106,6 +106,18 @@ def facts_of(text: str) -> Facts:
         dates.add((number, int(day)))
         return " "
 
+    # "16-30 November", "11月16日至30日": both days belong to the month.
+    text = re.sub(
+        rf"\b(\d{{1,2}})(?:st|nd|rd|th)?\s*(?:-|to|until|through)\s*(?=\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH}\b)",
+        lambda m: date(m[2], m[1]),
+        text,
+        flags=re.IGNORECASE,
+    )
+    text = re.sub(
+        r"(\d{1,2})\s*月\s*(\d{1,2})\s*[日号]?\s*(?:-|至|到)\s*(\d{1,2})\s*[日号]",
+        lambda m: date(int(m[1]), m[2]) + date(int(m[1]), m[3]),
+        text,
+    )
     text = re.sub(r"(?:(?:19|20)\d\d\s*年\s*)?(\d{1,2})\s*月\s*(\d{1,2})\s*[日号]?", lambda m: date(int(m[1]), m[2]), text)
     text = re.sub(r"\b(?:19|20)\d\d[-/.](\d{1,2})[-/.](\d{1,2})\b", lambda m: date(int(m[1]), m[2]), text)
     text = re.sub(
@@ -165,10 +177,7 @@ _TRIVIAL = frozenset({"0", "1"})
 
 
 def _number_stands(number: str, stated: Facts, asked: Facts) -> bool:
-    if number in stated.numbers or number in stated.percents or number in asked.numbers:
-        return True
-    # A month or day of a date that stands, written apart ("November 16 to 30").
-    return any(number in (str(m), str(d)) for m, d in stated.dates)
+    return number in stated.numbers or number in stated.percents or number in asked.numbers
 
 
 def _looks_like_code(word: str) -> bool:

@@ -27,7 +27,8 @@ _INJECTION = [
         rf"\b(?:ignore|disregard|forget|override|bypass|skip|drop)\b[^.?!\n]{{0,40}}\b(?:{_RULES})\b",
         r"\b(?:ignore|disregard|forget)\b[^.?!\n]{0,20}\b(?:everything|all)\b[^.?!\n]{0,20}\b(?:above|before|told|said)\b",
         rf"\b(?:reveal|show|print|repeat|output|leak|dump|tell me|give me|what (?:is|are|'s))\b[^.?!\n]{{0,30}}"
-        rf"\b(?:your|system|hidden|initial|developer|secret)\b[^.?!\n]{{0,15}}\b(?:{_RULES})\b",
+        rf"\b(?:(?:system|hidden|initial|developer|secret)\b[^.?!\n]{{0,15}}\b(?:{_RULES})|"
+        r"your (?:own |exact |full |original )?(?:instructions|prompts?|system message|guardrails|programming))\b",
         r"\b(?:you are now|from now on,? you(?:'re| are| will)|act as|pretend (?:to be|you are)|roleplay as|"
         r"simulate being)\b[^.?!\n]{0,60}\b(?:dan|unrestricted|no (?:rules|limits|restrictions)|admin|root|"
         r"developer|hacker|another (?:ai|bot)|jailbroken|evil|manager|owner)\b",

@@ -284,8 +284,8 @@ function drawProducts() {
 
 function productNode(product) {
   const src = picture(product);
-  const stock = Number(product.stock);
-  const state = product.stock === undefined || product.stock === "" ? null : stock === 0 ? words().sold_out : stock <= 5 ? words().few(stock) : null;
+  const stock = Number(product.stock ?? Number.NaN);
+  const state = product.stock === "" || Number.isNaN(stock) ? null : stock === 0 ? words().sold_out : stock <= 5 ? words().few(stock) : null;
   return h(
     "li",
     {},
@@ -306,8 +306,8 @@ function productNode(product) {
 }
 
 function price(product) {
-  const number = Number(product.price);
-  if (product.price === undefined || product.price === "" || Number.isNaN(number)) return "";
+  const number = Number(product.price ?? Number.NaN);
+  if (product.price === "" || Number.isNaN(number)) return "";
   try {
     return new Intl.NumberFormat(TAGS[language], {
       style: "currency",

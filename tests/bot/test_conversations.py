@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from bot.conversations import ConversationHub, ReplyUnderWay, Subscriber, histor
 from bot.errors import BadFrame, Conflict, EngineBusy, EngineDead, EngineFailed, EngineNotReady, ReplyInProgress
 from bot.messages import Event, Reply, Turn
 from bot.storage import Conversation, Storage
+from bot.stream import Delta, Phase
 from bot.wire import dump_frame
 from tests.fakes import ScriptedAnswerer
 from tests.running import until
@@ -253,11 +254,11 @@ async def test_stop_reaches_a_question_that_still_waits(setting: Setting) -> Non
 
 async def test_a_reply_that_does_not_stop_is_given_up(tmp_path: Path) -> None:
     class Deaf(ScriptedAnswerer):
-        async def answer(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        async def answer(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Phase | Delta | Reply, None]:
             self.n_open += 1
             try:
                 await asyncio.sleep(60)
-                yield
+                yield Phase("typing")
             finally:
                 self.n_open -= 1
 
@@ -315,9 +316,10 @@ async def test_a_failure_does_not_hold_up_the_next_question(setting: Setting) ->
 
 async def test_an_answerer_without_a_reply_is_a_failure_not_a_silence(setting: Setting) -> None:
     class Silent(ScriptedAnswerer):
-        async def answer(self, *args: Any, **kwargs: Any) -> AsyncIterator[Reply]:  # type: ignore[override]
-            return
-            yield  # pragma: no cover
+        async def answer(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Phase | Delta | Reply, None]:
+            nothing: tuple[Phase, ...] = ()
+            for phase in nothing:
+                yield phase
 
     setting.hub.answerer = Silent()
     conversation, tab = await setting.start()

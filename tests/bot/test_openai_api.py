@@ -28,7 +28,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def client(server: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with openai.DefaultAsyncHttpxClient(trust_env=False) as http:
         yield openai.AsyncOpenAI(base_url=f"{server.http_url}/v1", api_key="none", max_retries=0, http_client=http)
 
 
@@ -67,7 +67,7 @@ async def test_a_streamed_reply(client: openai.AsyncOpenAI) -> None:
 
 async def test_the_synchronous_client_works_too(server: Running) -> None:
     def ask() -> tuple[str | None, str]:
-        with httpx.Client(trust_env=False) as http:
+        with openai.DefaultHttpxClient(trust_env=False) as http:
             client = openai.OpenAI(base_url=f"{server.http_url}/v1", api_key="none", max_retries=0, http_client=http)
             whole = client.chat.completions.create(model="any", messages=[user("hi")])
             with client.chat.completions.create(model="any", messages=[user("hi")], stream=True) as stream:

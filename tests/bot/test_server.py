@@ -413,6 +413,7 @@ async def test_other_socket_paths_are_refused_quietly(database: Path, caplog: py
 # Losing connections
 
 
+@pytest.mark.timeout(180)
 async def test_resuming_works_from_every_cut(database: Path) -> None:
     """
     The connection is cut after n bytes from the server, for n over the whole exchange; each conversation must end
@@ -421,7 +422,7 @@ async def test_resuming_works_from_every_cut(database: Path) -> None:
     questions = ["first question", "second 你好"]
 
     async def converse(url: str) -> list[tuple[Any, ...]]:
-        async with connect(url, give_up_s=10) as client:
+        async with connect(url, give_up_s=30) as client:
             for question in questions:
                 assert (await client.ask(question))["text"] == f"echo: {question}"
             assert [f["seq"] for f in client.events] == [1, 2, 3, 4]
@@ -447,6 +448,7 @@ async def test_resuming_works_from_every_cut(database: Path) -> None:
         await server.idle()
 
 
+@pytest.mark.timeout(180)
 async def test_under_random_cuts_no_reply_is_lost_doubled_or_out_of_order(database: Path) -> None:
     """200 questions, 8 conversations at a time, sockets cut at random all the while."""
     rng = random.Random(8)
@@ -470,11 +472,8 @@ async def test_under_random_cuts_no_reply_is_lost_doubled_or_out_of_order(databa
         async def cut_at_random() -> None:
             while True:
                 await asyncio.sleep(rng.uniform(0.01, 0.15))
-                if proxy._tasks:
-                    proxy.n_cut += 1
-                    rng.choice(sorted(proxy._tasks, key=id)).cancel()
+                proxy.cut_one(rng)
 
-        await asyncio.sleep(0)
         clients = [asyncio.create_task(converse(n, url)) for n in range(n_conversations)]
         await until(lambda: server.hub.n_live == n_conversations)
         cutter = asyncio.create_task(cut_at_random())
@@ -548,6 +547,7 @@ class _DeafClient:
 # Killing the server
 
 
+@pytest.mark.timeout(120)
 async def test_after_kill_9_everything_acknowledged_is_there_and_answered(tmp_path: Path) -> None:
     """The server is killed while a reply streams and another question waits; a second one takes up the same file."""
     database = tmp_path / "log.db"

@@ -73,11 +73,12 @@ def build(folder: Path) -> Path:
 
     # 2) What follows what.
     reply, endless = chains
-    end = tokenizer.token_to_id("<|im_end|>")
+    end = int(tokenizer.token_to_id("<|im_end|>") or 0)
     follows = dict(zip(reply, [*reply[1:], end], strict=True)) | dict(
         zip(endless, [*endless[1:], endless[0]], strict=True)
     )
-    follows |= {tokenizer.token_to_id("<|reply|>"): reply[0], tokenizer.token_to_id("<|endless|>"): endless[0]}
+    for opening, chain in (("<|reply|>", reply), ("<|endless|>", endless)):
+        follows[int(tokenizer.token_to_id(opening) or 0)] = chain[0]
 
     # 3) The weights that say so.
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ def test_every_wording_and_one_body_is_a_unit(index: Index) -> None:
     assert [(unit.owner, unit.text, unit.is_body) for unit in units(index.passages)] == [
         (0, "Do you ship?", False),
         (0, "is there delivery", False),
-        (0, "Do you ship?\nYes.", True),
+        (0, "Do you ship? is there delivery\nYes.", True),
         (1, "怎么退货？", False),
         (1, "怎么退货？\n七天内", True),
     ]

@@ -1,0 +1,51 @@
+"""confidence.py and calibrate.py: the fit on made-up hits; the shipped coefficients are sane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HashingEmbedder
+
+from retrieval.calibrate import fit, problems
+from retrieval.confidence import NAMES, Features, load_calibration
+from retrieval.errors import BadStore
+
+
+def features(body: float, **rest: float) -> Features:
+    given = dict.fromkeys(NAMES, 0.0) | {"body": body, "wording": body} | rest
+    return Features(**given)
+
+
+def test_the_fit_finds_the_feature_that_tells() -> None:
+    chance = np.random.default_rng(3)
+    rows = chance.uniform(0, 1, (500, len(NAMES)))
+    rows[:, NAMES.index("exact")] = 0
+    labels = (rows[:, NAMES.index("body")] > 0.5).astype(float)
+    fitted = fit([(rows, labels, np.ones(500))])
+    assert fitted.weights["body"] > 5
+    assert fitted.confidence(features(0.9)) > 0.8 > 0.2 > fitted.confidence(features(0.1))
+
+
+def test_the_shipped_confidence_rises_with_likeness_margin_and_coverage() -> None:
+    shipped = load_calibration()
+    weak = shipped.confidence(features(0.1))
+    strong = shipped.confidence(features(0.8, margin=0.3, coverage=0.9, standout=0.8))
+    assert weak < 0.15
+    assert strong > 0.8
+    assert shipped.confidence(features(0.1, exact=1.0)) > 0.95
+    assert 0 <= shipped.confidence(features(-1, margin=-1)) < 0.01
+
+
+def test_the_shipped_means_are_of_the_shipped_embedder_only() -> None:
+    shipped = load_calibration()
+    mean = shipped.mean(shipped.embedder, "query", "zh")
+    assert mean is not None
+    assert mean.shape == (768,)
+    assert shipped.mean(HashingEmbedder().version, "query", "zh") is None
+
+
+def test_without_data_it_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(BadStore, match="--data"):
+        problems(tmp_path)
