@@ -106,6 +106,28 @@ _asks = sa.Table(
 )
 
 
+# The statements of every question and reply, built once: building them took as long as running them.
+_last = sa.func.coalesce(
+    sa.select(sa.func.max(_events.c.seq)).where(_events.c.conversation_id == sa.bindparam("c")).scalar_subquery(), 0
+).label("last")
+_is_conversation = _conversations.c.id == sa.bindparam("c")
+_is_ask = sa.and_(_asks.c.conversation_id == sa.bindparam("c"), _asks.c.client_id == sa.bindparam("i"))
+_of_ask = sa.and_(_events.c.conversation_id == _asks.c.conversation_id, _events.c.seq == _asks.c.seq)
+_after = sa.and_(_events.c.conversation_id == sa.bindparam("c"), _events.c.seq > sa.bindparam("after"))
+
+_SELECT_HEAD = sa.select(_conversations.c.locale, _conversations.c.state, _last).where(_is_conversation)
+_SELECT_HEAD_AND_ASK = (
+    sa.select(_last, _asks.c.text_hash).select_from(_conversations.outerjoin(_asks, _is_ask)).where(_is_conversation)
+)
+_SELECT_ASK = sa.select(_events, _asks.c.text_hash, _asks.c.answered_seq).join(_asks, _of_ask).where(_is_ask)
+_SELECT_EVENTS = sa.select(_events).where(_after).order_by(_events.c.seq)
+_SELECT_LAST_EVENTS = sa.select(_events).where(_after).order_by(_events.c.seq.desc()).limit(sa.bindparam("last"))
+_INSERT_EVENT = sa.insert(_events)
+_INSERT_ASK = sa.insert(_asks)
+_SET_STATE = sa.update(_conversations).where(_is_conversation).values(state=sa.bindparam("new"))
+_SET_ANSWERED = sa.update(_asks).where(_is_ask).values(answered_seq=sa.bindparam("new"))
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """The head of a log: what can be said of a conversation without reading its events."""
@@ -161,6 +183,7 @@ class Storage:
         """
         self._url = _parse_url(url)
         self._engine: AsyncEngine | None = None
+        self._connection: AsyncConnection | None = None  # the writer's
         self._lock_file: IO[str] | None = None
         self._writes: asyncio.Queue[_Write | None] = asyncio.Queue()
         self._writer: asyncio.Task[None] | None = None
@@ -198,6 +221,7 @@ class Storage:
             self._writes.put_nowait(None)
             await self._writer
             self._writer = None
+        await self._drop_write_connection()
         if self._engine is not None:
             await self._engine.dispose()
             self._engine = None
@@ -239,15 +263,10 @@ class Storage:
 
     async def get(self, conversation: str) -> Conversation:
         """Return the head of `conversation`, or raise UnknownConversation."""
-        last = sa.select(sa.func.max(_events.c.seq)).where(_events.c.conversation_id == conversation).scalar_subquery()
-        rows = await self._read(
-            sa.select(_conversations.c.locale, _conversations.c.state, last.label("seq")).where(
-                _conversations.c.id == conversation
-            )
-        )
+        rows = await self._read(_SELECT_HEAD, {"c": conversation})
         if not rows:
             raise UnknownConversation
-        return Conversation(conversation, rows[0].locale, cast(State, rows[0].state), rows[0].seq or 0)
+        return Conversation(conversation, rows[0].locale, cast(State, rows[0].state), rows[0].last)
 
     # Events
 
@@ -286,23 +305,23 @@ class Storage:
         """
 
         async def operation(connection: AsyncConnection) -> Asked:
-            seq = await _last_seq(connection, conversation)
-            found = await connection.execute(_select_ask(conversation, client_id))
-            row = found.one_or_none()
-            if row is not None:
-                if row.text_hash != _hash(text):
+            seq, text_hash = await _last_seq_and_ask(connection, conversation, client_id)
+            if text_hash is not None:
+                if text_hash != _hash(text):
                     raise Conflict(client_id)
+                row = (await connection.execute(_SELECT_ASK, {"c": conversation, "i": client_id})).one()
                 return Asked(_event(row), duplicate=True, answered=row.answered_seq is not None)
             data = {"role": "visitor", "turn": client_id, "text": text}
             event = await _insert_event(connection, conversation, seq + 1, "message", data)
             await connection.execute(
-                sa.insert(_asks).values(
-                    conversation_id=conversation,
-                    client_id=client_id,
-                    seq=event.seq,
-                    text_hash=_hash(text),
-                    asked_at=event.at,
-                )
+                _INSERT_ASK,
+                {
+                    "conversation_id": conversation,
+                    "client_id": client_id,
+                    "seq": event.seq,
+                    "text_hash": _hash(text),
+                    "asked_at": event.at,
+                },
             )
             return Asked(event, duplicate=False, answered=False)
 
@@ -310,15 +329,15 @@ class Storage:
 
     async def find_ask(self, conversation: str, client_id: str) -> Asked | None:
         """Return the question stored under `client_id`, or None."""
-        rows = await self._read(_select_ask(conversation, client_id))
+        rows = await self._read(_SELECT_ASK, {"c": conversation, "i": client_id})
         return Asked(_event(rows[0]), duplicate=True, answered=rows[0].answered_seq is not None) if rows else None
 
     async def events(self, conversation: str, after: int = 0, *, last: int | None = None) -> list[Event]:
         """Return the events with a sequence number over `after`, in order; with `last`, only the last so many."""
         after = min(after, MAX_SEQ)  # visitors may say any number; drivers raise on one that does not fit
-        query = sa.select(_events).where(_events.c.conversation_id == conversation, _events.c.seq > after)
-        query = query.order_by(_events.c.seq) if last is None else query.order_by(_events.c.seq.desc()).limit(last)
-        events = [_event(row) for row in await self._read(query)]
+        query = _SELECT_EVENTS if last is None else _SELECT_LAST_EVENTS
+        rows = await self._read(query, {"c": conversation, "after": after, "last": last})
+        events = [_event(row) for row in rows]
         return events if last is None else events[::-1]
 
     async def unanswered(self, *, since: datetime, conversation: str | None = None) -> list[Unanswered]:
@@ -345,10 +364,10 @@ class Storage:
 
     # Reading and writing
 
-    async def _read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    async def _read(self, query: sa.Select[Any], values: dict[str, Any] | None = None) -> Sequence[sa.Row[Any]]:
         try:
             async with self._open_engine().connect() as connection:
-                rows: Sequence[sa.Row[Any]] = (await connection.execute(query)).all()
+                rows: Sequence[sa.Row[Any]] = (await connection.execute(query, values)).all()
                 return rows
         except (SQLAlchemyError, OSError) as exc:
             logger.error("cannot read the database: %s", _reason(exc))
@@ -384,36 +403,58 @@ class Storage:
                 late.done.set_exception(StorageUnavailable())
 
     async def _commit(self, batch: list[_Write]) -> None:
-        """Commit a batch as one transaction; when it fails as a whole, try its operations one by one."""
+        """
+        Commit a batch as one transaction.
+
+        When an operation breaks it, they are tried one by one. When the commit itself fails they are not: over a
+        network it may have happened all the same, and an event would be stored twice.
+        """
         outcomes: list[tuple[_Write, Any, BaseException | None]] = []
+        committing = False
         try:
-            async with self._open_engine().connect() as connection:
-                connection = await connection.execution_options(zhanggui_writes=True)
-                async with connection.begin():
-                    for write in batch:
-                        try:
-                            outcomes.append((write, await write.operation(connection), None))
-                        except (Conflict, UnknownConversation) as exc:
-                            outcomes.append((write, None, exc))
+            connection = await self._write_connection()
+            async with connection.begin() as transaction:
+                for write in batch:
+                    try:
+                        outcomes.append((write, await write.operation(connection), None))
+                    except (Conflict, UnknownConversation) as exc:
+                        outcomes.append((write, None, exc))
+                committing = True
+                await transaction.commit()
         except Exception as exc:  # any error at all: an operation that hangs its caller is worse than a wrong code
-            if len(batch) > 1:
+            await self._drop_write_connection()
+            if len(batch) > 1 and not committing:
                 for write in batch:
                     await self._commit([write])
                 return
+            error: BaseException = exc
             if isinstance(exc, SQLAlchemyError | OSError | StorageUnavailable):
                 logger.error("cannot write the database: %s", _reason(exc))
-                translated: BaseException = StorageUnavailable()
-                translated.__cause__ = exc
-            else:
-                translated = exc
-            outcomes = [(batch[0], None, translated)]
-        for write, result, error in outcomes:
+                error = StorageUnavailable()
+                error.__cause__ = exc
+            outcomes = [(write, None, error) for write in batch]
+        for write, result, failure in outcomes:
             if write.done.done():
                 continue  # its caller was cancelled
-            if error is None:
+            if failure is None:
                 write.done.set_result(result)
             else:
-                write.done.set_exception(error)
+                write.done.set_exception(failure)
+
+    async def _write_connection(self) -> AsyncConnection:
+        # Kept between commits: taking one from the pool and giving it back cost a third of a short write.
+        if self._connection is None:
+            connection = await self._open_engine().connect()
+            self._connection = await connection.execution_options(zhanggui_writes=True)
+        return self._connection
+
+    async def _drop_write_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                await connection.close()
+            except (SQLAlchemyError, OSError) as exc:
+                logger.warning("a broken database connection did not close: %s", _reason(exc))
 
     def _open_engine(self) -> AsyncEngine:
         if self._engine is None:
@@ -506,19 +547,24 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
     def on_begin(connection: sa.Connection) -> None:
         # IMMEDIATE: a transaction that reads first and then writes could otherwise meet SQLITE_BUSY in its middle,
         # which busy_timeout does not cover.
-        writes = connection.get_execution_options().get("zhanggui_writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        # A read is one statement, which is a snapshot by itself: no BEGIN, one step less.
+        if connection.get_execution_options().get("zhanggui_writes"):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 async def _last_seq(connection: AsyncConnection, conversation: str) -> int:
-    last = sa.select(sa.func.max(_events.c.seq)).where(_events.c.conversation_id == conversation).scalar_subquery()
-    result = await connection.execute(
-        sa.select(sa.func.coalesce(last, 0)).select_from(_conversations).where(_conversations.c.id == conversation)
-    )
-    seq = result.scalar_one_or_none()
-    if seq is None:
+    row = (await connection.execute(_SELECT_HEAD, {"c": conversation})).one_or_none()
+    if row is None:
         raise UnknownConversation
-    return int(seq)
+    return int(row.last)
+
+
+async def _last_seq_and_ask(connection: AsyncConnection, conversation: str, client_id: str) -> tuple[int, str | None]:
+    """Return the last sequence number, and the hash of the text stored under `client_id` or None."""
+    row = (await connection.execute(_SELECT_HEAD_AND_ASK, {"c": conversation, "i": client_id})).one_or_none()
+    if row is None:
+        raise UnknownConversation
+    return int(row.last), row.text_hash
 
 
 async def _insert_event(
@@ -527,28 +573,13 @@ async def _insert_event(
     # Milliseconds, as on the wire: an event reads the same live and replayed.
     now = datetime.now(UTC)
     event = Event(seq, now.replace(microsecond=now.microsecond // 1000 * 1000), kind, data)
-    await connection.execute(
-        sa.insert(_events).values(conversation_id=conversation, seq=seq, at=event.at, kind=kind, data=data)
-    )
+    values = {"conversation_id": conversation, "seq": seq, "at": event.at, "kind": kind, "data": data}
+    await connection.execute(_INSERT_EVENT, values)
     if kind == "state":
-        await connection.execute(
-            sa.update(_conversations).where(_conversations.c.id == conversation).values(state=data["state"])
-        )
+        await connection.execute(_SET_STATE, {"c": conversation, "new": data["state"]})
     if kind == "message" and event.role in ("bot", "agent") and data.get("turn"):
-        await connection.execute(
-            sa.update(_asks)
-            .where(_asks.c.conversation_id == conversation, _asks.c.client_id == data["turn"])
-            .values(answered_seq=seq)
-        )
+        await connection.execute(_SET_ANSWERED, {"c": conversation, "i": data["turn"], "new": seq})
     return event
-
-
-def _select_ask(conversation: str, client_id: str) -> sa.Select[Any]:
-    return (
-        sa.select(_events, _asks.c.text_hash, _asks.c.answered_seq)
-        .join(_asks, sa.and_(_events.c.conversation_id == _asks.c.conversation_id, _events.c.seq == _asks.c.seq))
-        .where(_asks.c.conversation_id == conversation, _asks.c.client_id == client_id)
-    )
 
 
 def _event(row: sa.Row[Any]) -> Event:
