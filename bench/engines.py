@@ -59,6 +59,7 @@ ARMS |= {
     for low, high in ((1, 3), (2, 3), (2, 4), (2, 6), (3, 5), (3, 6))
 }
 
+Figures = Callable[[], dict[str, float]]
 Stream = Callable[[Sequence[Message], Sampling], AsyncGenerator[Chunk, None]]
 
 
@@ -103,7 +104,9 @@ def load_prompts(path: Path) -> list[list[Message]]:
 
 
 @contextlib.asynccontextmanager
-async def defaults_engine(model: Path, kv_gib: float) -> AsyncGenerator[tuple[Stream, Callable[[], Any]], None]:
+async def defaults_engine(
+    model: Path, kv_gib: float
+) -> AsyncGenerator[tuple[Stream, Callable[[], Any], Figures], None]:
     """Give what a user gets who hands vLLM a model and nothing else (and, if `kv_gib`, the size of the cache)."""
     v = ours._import_vllm()
     sized = {"kv_cache_memory_bytes": int(kv_gib * 2**30)} if kv_gib else {}
@@ -120,13 +123,15 @@ async def defaults_engine(model: Path, kv_gib: float) -> AsyncGenerator[tuple[St
             yield ours._chunk_of(output)
 
     try:
-        yield stream, llm.reset_prefix_cache
+        yield stream, llm.reset_prefix_cache, dict
     finally:
         llm.shutdown(timeout=20)
 
 
 @contextlib.asynccontextmanager
-async def our_engine(model: Path, changes: dict[str, Any]) -> AsyncGenerator[tuple[Stream, Callable[[], Any]], None]:
+async def our_engine(
+    model: Path, changes: dict[str, Any]
+) -> AsyncGenerator[tuple[Stream, Callable[[], Any], Figures], None]:
     os.environ.update(changes.get("environment", {}))
     changes = {name: value for name, value in changes.items() if name != "environment"}
     engine = ours.VllmEngine(model, model.name, ours.cpu_profile().changed(changes))
@@ -137,7 +142,7 @@ async def our_engine(model: Path, changes: dict[str, Any]) -> AsyncGenerator[tup
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(engine._llm.reset_prefix_cache(), engine._loop))
 
     try:
-        yield engine.stream, reset
+        yield engine.stream, reset, engine.figures
     finally:
         await engine.close()
 
@@ -184,7 +189,7 @@ async def serve_arm(arguments: argparse.Namespace, prompts: list[list[Message]],
         context = defaults_engine(arguments.model, arguments.kv_gib)
     else:
         context = our_engine(arguments.model, ARMS[arguments.arm])
-    async with context as (stream, reset):
+    async with context as (stream, reset, figures):
         start_s = time.perf_counter() - began
         await measure(stream, [[Message("user", "Hello, 你好")]], 1, 16)  # the first request pays for what is lazy
         print(json.dumps({"start_s": start_s}), file=answers, flush=True)
@@ -192,7 +197,13 @@ async def serve_arm(arguments: argparse.Namespace, prompts: list[list[Message]],
             n_streams = int(line)
             await reset()
             some = prompts[: arguments.n_alone] if n_streams == 1 else prompts
+            before = figures()
             result = await measure(stream, some, n_streams, arguments.max_tokens)
+            used = {name: value - before[name] for name, value in figures().items()}
+            # Tokens a request gains in one step of the model; 1 without speculation.
+            n_steps = result["n_tokens"] - used.get("accepted_tokens", 0.0)
+            result["tokens_per_step"] = result["n_tokens"] / n_steps
+            result["accepted_share"] = used.get("accepted_tokens", 0.0) / (used.get("draft_tokens", 0.0) or 1.0)
             print(json.dumps(result), file=answers, flush=True)
 
 
@@ -292,14 +303,20 @@ def same_share(a: list[str], b: list[str]) -> float:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     base = results[0]
-    print(f"\n| arm | start s | {' | '.join(f'tok/s at {n} | ratio | first token s | same text' for n in STREAMS)} |")
-    print("|---|" + "---|" * (1 + 4 * len(STREAMS)))
+    print(
+        f"\n| arm | start s | {' | '.join(f'tok/s at {n} | ratio | tokens a step | first token s | same text' for n in STREAMS)} |"
+    )
+    print("|---|" + "---|" * (1 + 5 * len(STREAMS)))
     for result in results:
         cells = [result["arm"], f"{result['start_s']:.0f}"]
         for n in map(str, STREAMS):
             r, b = result[n], base[n]
             cells += [f"{r['tokens_per_s']:.1f}", f"{ratio(result, base, n):.2f}"]
-            cells += [f"{r['first_token_s']:.2f}", f"{same_share(r['texts'], b['texts']):.2f}"]
+            cells += [
+                f"{r['tokens_per_step']:.2f}",
+                f"{r['first_token_s']:.2f}",
+                f"{same_share(r['texts'], b['texts']):.2f}",
+            ]
         print("| " + " | ".join(cells) + " |")
     for n in map(str, STREAMS):
         for result in results:

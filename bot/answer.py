@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 from bot.engine import Chunk, Engine, Sampling
 from bot.errors import EngineNotReady
-from bot.followup import Query, complete, split_questions
+from bot.followup import Query, complete, split_at_comma, split_questions
 from bot.guard.facts import StreamGate, grounds_of
 from bot.guard.injection import danger_of
 from bot.language import language_of, reply_language
@@ -68,6 +68,8 @@ class Rules:
     direct: bool = True
     direct_confidence: float = 0.55
     answer_confidence: float = 0.22
+    closest_confidence: float = 0.22  # without a model: the nearest passages go out from here on, said to be that
+    near: float = 0.4  # of the best hit's confidence: what else is shown beside it
     ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
     n_passages: int = 4
     max_reply_tokens: int = 200
@@ -216,6 +218,12 @@ class Answerer:
     def _decide(self, message: str, history: tuple[Turn, ...], language: Language, now: datetime) -> list[Part]:
         """Return what to do, one part for each question of the message that needs its own."""
         questions = split_questions(message)
+        if len(questions) == 1 and (halves := split_at_comma(message)):
+            # A comma joins two questions less often than it does not: only where both halves have a sure answer.
+            two = [self._decide_one(complete(q, history, halves[:n]), language, now) for n, q in enumerate(halves)]
+            if all(part.how == "quote" for part in two) and two[0].text != two[1].text:
+                whole = self._decide_one(complete(message, history), language, now)
+                return two if min(map(_confidence, two)) >= _confidence(whole) - 0.1 else [whole]
         parts: list[Part] = []
         for n, question in enumerate(questions):
             query = complete(question, history, questions[:n])
@@ -237,25 +245,50 @@ class Answerer:
             return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
 
         # What is on today is a list, not a passage.
-        if promotions.asks_for_all(query.standalone):
+        about = promotions.about_promotions(query.standalone)
+        if about and promotions.asks_for_all(query.standalone):
             return self._list_promotions(query, language, now)
         top = hits[0].confidence if hits else 0.0
         if (ended := self._ended(query, top, language, now)) is not None:
             return ended
 
         if hits and top >= rules.direct_confidence and self._quotable(hits[0], language):
-            return Part("quote", query, self._quote(hits[0], language, now), (hits[0],))
+            best = self._in_language(hits[0].passage, language)
+            text, rests_on = self._quote(hits[0], language, now), (hits[0],)
+            if about and best.kind == "product":
+                category = str(best.meta.get("category") or "")
+                current = promotions.for_category(self._current_promotions(language, now), category)
+                text = f"{text}\n\n{promotions.list_text(current, language)}"
+                rests_on += tuple(Hit(p, 1.0, 1.0) for p in current)
+            return Part("quote", query, text, rests_on)
+        # Asked about offers in words that no promotion uses ("im at uni, do I pay less?"): all that is on is the answer.
+        if about and self._current_promotions(language, now):
+            return self._list_promotions(query, language, now)
         if top < rules.answer_confidence:
-            if promotions.about_promotions(query.standalone) and self.retriever.current("promotion", now=now):
-                return self._list_promotions(query, language, now)
             return Part("none", query)
         if self.engine is None or not self.engine.state().ready:
-            # Without a model the nearest passage, said to be that; a weak one is not worth it.
-            if top >= (rules.direct_confidence + rules.answer_confidence) / 2:
-                lead = PHRASES[language].closest
-                return Part("quote", query, f"{lead}\n{self._quote(hits[0], language, now)}", (hits[0],))
+            # Without a model the nearest passages, said to be that; weak ones are not worth it.
+            if top >= rules.closest_confidence:
+                near = self._near(hits)
+                return Part("quote", query, self._closest(near, language, now), near)
             return Part("none", query)
         return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
+
+    def _near(self, hits: Sequence[Hit]) -> tuple[Hit, ...]:
+        """Return the hits worth showing where none is sure: the best, and up to two that come close to it."""
+        return tuple(h for h in hits[:3] if h is hits[0] or h.confidence >= self.rules.near * hits[0].confidence)
+
+    def _closest(self, hits: Sequence[Hit], language: Language, now: datetime) -> str:
+        """Return passages as a reply that says it is not sure; several as a list under their titles."""
+        say = PHRASES[language]
+        if len(hits) == 1:
+            return f"{say.closest}\n{self._quote(hits[0], language, now)}"
+        colon = "：" if language == "zh" else " "
+        lines = []
+        for hit in hits:
+            title, text = self._in_language(hit.passage, language).title, self._quote(hit, language, now)
+            lines.append(f"- {text}" if text.startswith(title) else f"- **{title}**{colon}{text}")
+        return "\n".join([say.closest, *lines])
 
     def _search(self, query: Query, language: Language, now: datetime) -> list[Hit]:
         """Return hits, best first; for an elliptical question those that speak of what is new in it."""
@@ -275,9 +308,12 @@ class Answerer:
         ]
         return sorted(weighed, key=lambda hit: -hit.confidence)[:k]
 
+    def _current_promotions(self, language: Language, now: datetime) -> list[Passage]:
+        in_language = self.retriever.current("promotion", now=now, lang=language)
+        return in_language or self.retriever.current("promotion", now=now)
+
     def _list_promotions(self, query: Query, language: Language, now: datetime) -> Part:
-        current = self.retriever.current("promotion", now=now, lang=language)
-        current = current or self.retriever.current("promotion", now=now)
+        current = self._current_promotions(language, now)
         hits = tuple(Hit(p, 1.0, 1.0) for p in current)
         return Part("quote", query, promotions.list_text(current, language), hits)
 
@@ -376,13 +412,14 @@ class Answerer:
                 logger.info("reply revised: not in any valid passage: %s", ", ".join(gate.wrong))
             draft.revised = bool(gate.sent) or draft.revised
             if self.rules.direct and part.hits and not NO_ANSWER_SAID.search(text):
-                text = f"{PHRASES[language].closest}\n{self._quote(part.hits[0], language, now)}"
+                near = self._near(part.hits)
+                text = self._closest(near, language, now)
                 draft.outcomes.append("direct")
-                del draft.hits[len(draft.hits) - len(part.hits) + 1 :]
+                draft.hits[-len(part.hits) :] = near
             else:
                 text = self._no_answer_text(part, [part], language)
                 draft.outcomes.append("no_answer")
-                del draft.hits[len(draft.hits) - len(part.hits) :]
+                del draft.hits[-len(part.hits) :]
             draft.pieces.append(text)
             if not draft.revised:
                 yield Delta(text)

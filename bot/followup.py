@@ -104,6 +104,14 @@ def split_questions(text: str) -> list[str]:
     return parts if len(parts) <= MAX_QUESTIONS else [text.strip()]
 
 
+def split_at_comma(text: str) -> list[str]:
+    """Return the two halves of a message with one comma where each asks something by itself, else nothing."""
+    halves = [h.strip() for h in re.split(r"[，,]", _COURTEOUS_START.sub("", text).strip()) if h.strip()]
+    if len(halves) == 2 and all(_ASKS.search(h) and len(content_words(h)) >= 2 for h in halves):
+        return [re.sub(r"^(?:and|also)\s+", "", h, flags=re.IGNORECASE) for h in halves]
+    return []
+
+
 def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()) -> Query:
     """
     Return `question` with what it refers to.

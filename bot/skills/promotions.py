@@ -17,12 +17,15 @@ from retrieval.passages import Passage
 
 _ABOUT = re.compile(
     r"优惠活动|促销活动|优惠|活动|促销|打折|折扣|特价|特惠|满减|大促|红包|优惠码|折扣码|券码|优惠券|"
-    r"\b(?:promo(?:tion)?s?(?: codes?)?|deals?|sales?|discounts?(?: codes?)?|discounted|offers?|specials?|"
-    r"coupon codes?|voucher codes?|bargains?|codes?)\b",
+    r"便宜|少点|减多少|自动减|满.{1,6}减|半价|[\d一二三四五六七八九.]+折|赠品|送(?:点)?(?:东西|礼)|(?:哪个|什么|啥|输|这个)码|券|薅羊毛|¥ ?\d+ off|"
+    r"\b(?:money off|(?:anything|something|coming|comes|taken|takes money|\d+ ?%) off|pay less|cheaper|reduced|freebies?|"
+    r"free gift|thrown in|half[- ]price|student (?:price|rate)|"
+    r"promo(?:tion)?s?(?: codes?)?|deals?|sales?|discounts?(?: codes?)?|discounted|offers?|specials?|"
+    r"coupon codes?|voucher codes?|bargains?|codes?)(?![\w])",
     re.IGNORECASE,
 )
 _NOW = re.compile(
-    r"今天|今日|现在|目前|当前|最近|这两天|这几天|正在|本周|这周|这个?月|眼下|近期|"
+    r"今天|今日|今儿个?|这会儿|现在|目前|当前|最近|这两天|这几天|正在|本周|这周|这个?月|眼下|近期|"
     r"\b(?:today|now|right now|currently|current|at the moment|at present|this (?:week|month)|these days|tonight|running|going on|"
     r"ongoing|active|valid|on)\b",
     re.IGNORECASE,
@@ -33,16 +36,24 @@ _WHICH = re.compile(
 )
 # What may stand beside these words without making the question a narrower one.
 _FILLER = re.compile(
-    r"你们|店里|店铺|店内|商城|全店|全场|商品|东西|可以用|能用|可用|使用|参加|参与|力度|比较|便宜|划算|省钱|"
+    r"你们|你家|店里|搞|办|做|还有|店铺|店内|商城|全店|全场|商品|东西|可以用|能用|可用|使用|参加|参与|力度|比较|便宜|划算|省钱|"
     r"\b(?:shop|store|site|website|you|guys|going|running|available|usable|use|anything|something|special|good|best|save|money|"
     r"working|work|works|going|offer|get)\b",
     re.IGNORECASE,
 )
 
 
+# Other shops' prices are nothing this store can speak of.
+_ELSEWHERE = re.compile(
+    r"\b(?:other|another|different) (?:shops?|stores?|sites?|sellers?)|\belsewhere\b|\bcompetitors?\b|\bamazon\b|别家|其他店|别的店|同行|京东|淘宝|拼多多",
+    re.IGNORECASE,
+)
+
+
 def about_promotions(question: str) -> bool:
-    """Return whether `question` speaks of promotions at all."""
-    return bool(_ABOUT.search(normalise(question)))
+    """Return whether `question` speaks of this store's promotions at all."""
+    text = normalise(question)
+    return bool(_ABOUT.search(text)) and not _ELSEWHERE.search(text)
 
 
 def asks_for_all(question: str) -> bool:
@@ -55,6 +66,16 @@ def asks_for_all(question: str) -> bool:
     words = content_words(text)
     n_latin = sum(1 for w in words if w[0].isascii())
     return n_latin + (len(words) - n_latin) / 2 <= 0.5
+
+
+def for_category(promotions: Sequence[Passage], category: str) -> list[Passage]:
+    """Return the promotions that cover products of `category`: those for it, and those for all."""
+    kept = []
+    for promotion in promotions:
+        covered = {part.strip().casefold() for part in re.split(r"[,;，；|]", str(promotion.meta.get("products") or "all"))}
+        if covered & {category.casefold(), "all", "全场", "全部"}:
+            kept.append(promotion)
+    return kept
 
 
 def list_text(promotions: Sequence[Passage], language: Language) -> str:

