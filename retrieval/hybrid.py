@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from retrieval.confidence import Calibration, Features, load_calibration
 from retrieval.embedder import Embedder, Vectors
 from retrieval.errors import RetrievalError
-from retrieval.index import Index
+from retrieval.index import Index, side_of
 from retrieval.load import twin_key
 from retrieval.passages import Hit, Passage, is_valid
 from retrieval.words import codes, detect_lang, squash, words
@@ -33,7 +33,7 @@ SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the 
 APPROVED = 0.03  # of a FAQ and a policy that say the same, the FAQ: it can go out word for word
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
-N_DENSE = 256  # units taken from the vector side
+N_DENSE = 160  # units of each language taken from the vector side
 N_LEXICAL = 64  # passages taken from the word side that the vector side did not bring
 QUERY_CACHE = 1024  # vectors; 1.5 KiB each
 MAX_QUERY_CHARS = 2_000  # the wire's limit for a question; a CLI may bring more
@@ -144,7 +144,10 @@ class HybridRetriever:
         index = self.index
         vector = index.place(self._vector(query), query)
         # 1) Candidates: nearest units, most words shared, and whatever the query names by code or letter for letter.
-        _, near = index.nearest(vector, allowed[index.owners], N_DENSE)
+        #    The nearest of each language by itself: across languages cosines are lower, not worse.
+        across = index.sides != (side_of(query) == "zh")
+        ours, others = (index.nearest(vector, allowed[index.owners] & side, N_DENSE)[1] for side in (~across, across))
+        near = np.concatenate([ours, others])
         lexical, most = index.lexical.score(query)
         by_words = np.argsort(np.where(allowed, lexical, 0), kind="stable")[::-1][:N_LEXICAL]
         exact = {n for n in index.by_squash.get(squash(query), ()) if index.passages[n].kind in ("faq", "product")}
@@ -157,6 +160,7 @@ class HybridRetriever:
         n_wordings = lasts - firsts
         numbers = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts + 1, strict=True)])
         cosines = index.cosines(vector, numbers)
+        cosines[across[numbers]] /= self.embedder.shared
         starts = np.cumsum(n_wordings + 1) - (n_wordings + 1)  # of each candidate, in numbers
         body = cosines[starts + n_wordings]
         as_wordings = cosines.copy()

@@ -72,6 +72,7 @@ class Index:
         self.units = units(self.passages)
         if len(vectors) != len(self.units):
             raise IndexDamaged(f"{len(vectors)} vectors for {len(self.units)} wordings and texts")
+        self.sides = np.array([side_of(unit.text) == "zh" for unit in self.units], dtype=bool)  # which mean was taken
         self.owners = np.array([unit.owner for unit in self.units], dtype=np.int32)
         self.is_body = np.array([unit.is_body for unit in self.units], dtype=bool)
         self.first_unit = np.searchsorted(self.owners, np.arange(len(self.passages) + 1))  # its body is its last unit
@@ -96,7 +97,7 @@ class Index:
 
     def place(self, vector: NDArray[np.float32], query: str) -> NDArray[np.float32]:
         """Return the vector (dim,) of `query` centred as those in the index are, of length 1."""
-        placed: NDArray[np.float32] = center(vector.reshape(1, -1), self.means[_side(query)])[0]
+        placed: NDArray[np.float32] = center(vector.reshape(1, -1), self.means[side_of(query)])[0]
         return placed
 
     def nearest(self, vector: NDArray[np.float32], allowed: NDArray[np.bool_], n: int) -> tuple[Any, Any]:
@@ -182,7 +183,7 @@ def build_index(
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
     calibration = calibration or load_calibration()
-    sides = np.array([_side(unit.text) for unit in found], dtype=object)
+    sides = np.array([side_of(unit.text) for unit in found], dtype=object)
     is_body = np.array([unit.is_body for unit in found], dtype=bool)
     means: dict[str, NDArray[np.float32]] = {}
     for lang in LANGS:
@@ -193,7 +194,7 @@ def build_index(
     return Index(passages, vectors, means, embedder.version, content_hash(passages))
 
 
-def _side(text: str) -> str:
+def side_of(text: str) -> str:
     """Return which of the two means belongs to `text`; what has no letters goes with English."""
     return detect_lang(text) or "en"
 

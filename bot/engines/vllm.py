@@ -97,7 +97,7 @@ def cpu_profile(cores: int | None = None) -> Profile:
         # By its qualified name, since "uni" is turned into "mp" on CPU: a third process, for which the scheduler
         # spins on a core the model could use (vllm/platforms/cpu.py:334).
         executor="vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        n_speculative_tokens=6,
+        n_speculative_tokens=8,
         threads=cores or _physical_cores(),
         preload=True,
         nice=0,

