@@ -22,13 +22,13 @@ from bot.answer import Answerer, Rules
 from bot.conversations import ConversationHub
 from bot.demo import date_promotions, demo_store
 from bot.engine import Engine
-from bot.errors import MerchantError
+from bot.errors import BotError, MerchantError
 from bot.metrics import Metrics
 from bot.prompt import render_prompt
 from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
 from bot.settings import Settings, StoreProfile, load_store_profile
 from bot.storage import Storage
-from retrieval.embedder import default_embedder
+from retrieval.bilingual import default_embedder
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.passages import Hit, Passage
 from retrieval.retriever import LiveRetriever
@@ -55,6 +55,11 @@ class LateRetriever:
                     self._detail = "the store's files have faults"
                     logger.error("no index: %s", exc)
                     await asyncio.sleep(5)
+                except (RetrievalError, OSError) as exc:
+                    # A package missing or a full disk: said on /readyz, and tried again, since people mend these.
+                    self._detail = f"cannot be built: {exc}" if isinstance(exc, RetrievalError) else "cannot be built"
+                    logger.error("no index: %s", exc)
+                    await asyncio.sleep(30)
             self._live.start()
             status = self._live.status()
             logger.info("index ready: %d passages, version %s", status.n_passages, status.version)
@@ -162,16 +167,21 @@ def build_parts(settings: Settings) -> Parts:
             await asyncio.to_thread(date_promotions, store_dir, datetime.now(profile.timezone).date())
 
     async def warm() -> None:
-        # What every prompt begins with is computed once, before the first visitor waits for it.
+        # What every prompt begins with is computed before a visitor waits for it: with each new engine (after a
+        # restart), and when the promotions of the day change.
+        warmed: tuple[object, object] = (None, None)
         while engine is not None:
-            await asyncio.sleep(0.5)
-            if engine.state().ready and retriever.index_status().ready:
-                engine_now = getattr(engine, "engine", engine)
-                if hasattr(engine_now, "warm"):
-                    prompt = render_prompt(answerer.prompt_store(datetime.now(UTC)), (), "", (), "zh")
+            await asyncio.sleep(1)
+            engine_now = getattr(engine, "engine", engine)
+            if not (engine.state().ready and retriever.index_status().ready and hasattr(engine_now, "warm")):
+                continue
+            prompt = render_prompt(answerer.prompt_store(datetime.now(UTC)), (), "", (), "zh")
+            if warmed != (engine_now, prompt[0]):
+                warmed = (engine_now, prompt[0])
+                try:
                     await engine_now.warm(prompt)
-                logger.info("engine ready: %s", engine.name)
-                return
+                except BotError as exc:
+                    logger.warning("the prompt was not warmed: %s", exc.code)
 
     return Parts(
         storage=storage,
@@ -245,7 +255,13 @@ def main(argv: list[str] | None = None) -> int:
         app = create_app(parts)
         shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
         print(f"Zhanggui 掌柜: {_name(parts.store)} at http://{shown}:{settings.port}", flush=True)
-        run(app, settings.host, settings.port)
+        run(
+            app,
+            settings.host,
+            settings.port,
+            trusted_proxies=settings.trusted_proxies,
+            log_config=None,  # set up above, at the level asked for
+        )
     except MerchantError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ Each arm runs in a process of its own, started without preloaded libraries: what
 nothing else ("defaults"), and what `bot.engines.vllm` does, whole ("ours") and with one thing changed. All engines are
 started first and then take turns, so that what else the machine does meets all of them; the rounds are printed too,
 for the noise. Waiting engines use no core, but 3 GiB of memory each with a 0.5B model. A JSON line of `--prompts` is a
-list of {"role", "content"}; without it, the demo store's questions are put behind three passages each. Prints a
+list of {"role", "content"}; without it, the demo store's policies are asked for, three passages each. Prints a
 table and writes bench/results/engines.json.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -67,32 +66,37 @@ Stream = Callable[[Sequence[Message], Sampling], AsyncGenerator[Chunk, None]]
 
 
 def demo_prompts(folder: Path, n: int) -> list[list[Message]]:
-    """Return `n` prompts in both languages: a question of the demo store behind its own answer and two others."""
-    with (folder / "faqs.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("question") and row.get("answer")]
-    by_language: dict[bool, list[dict[str, str]]] = {True: [], False: []}
-    for row in rows:
-        by_language[row["lang"] == "zh"].append(row)
+    """
+    Return `n` prompts in both languages: what the demo store's policies say on one of their headings.
+
+    Behind the section itself and its two neighbours. The FAQs would make shorter replies (11 tokens on average), and
+    their figures would be the prompt's rather than the generation's.
+    """
+    by_language: dict[str, list[list[str]]] = {}
+    for language in ("zh", "en"):
+        texts = [path.read_text(encoding="utf-8") for path in sorted((folder / "policies").glob(f"*.{language}.md"))]
+        by_language[language] = [
+            section.strip().split("\n", 1) for text in texts for section in text.split("\n## ")[1:]
+        ]
     prompts = []
     for i in range(n):
-        chinese = i % 2 == 0
-        faqs = by_language[chinese] or rows
-        at = i // 2 * 7 % len(faqs)
-        around = [faqs[at], faqs[(at + 3) % len(faqs)], faqs[(at + 5) % len(faqs)]]
-        around.sort(key=lambda row: row["question"])
-        passages = "\n\n".join(f"[{k}] {row['question']}\n{row['answer']}" for k, row in enumerate(around, 1))
-        if chinese:
-            system = "你是网店的客服。只根据下面的资料回答，简短、准确；资料里没有的就说不知道。"
-            text = f"资料：\n{passages}\n\n顾客的问题：{_in_other_words(faqs[at])}"
+        language = ("zh", "en")[i % 2]
+        sections = by_language[language]
+        at = i // 2 * 7 % len(sections)
+        around = sorted(sections[(at + step) % len(sections)] for step in (-1, 0, 1))
+        passages = "\n\n".join(f"[{k}] {heading}\n{text}" for k, (heading, text) in enumerate(around, 1))
+        if language == "zh":
+            system = "你是网店的客服。只根据资料回答，价格、日期、条件照抄原文；资料里没有的就说不知道。"
+            text = f"资料：\n{passages}\n\n顾客的问题：请完整地告诉我{sections[at][0]}的规定。"
         else:
-            system = "You answer for an online store. Use only the passages; be short; say so if they do not tell."
-            text = f"Passages:\n{passages}\n\nThe visitor asks: {_in_other_words(faqs[at])}"
+            system = (
+                "You answer for an online store, only from the passages. Copy prices, dates and conditions exactly."
+            )
+            text = (
+                f"Passages:\n{passages}\n\nVisitor's question: Tell me all of your rules on {sections[at][0].lower()}."
+            )
         prompts.append([Message("system", system), Message("user", text)])
     return prompts
-
-
-def _in_other_words(faq: dict[str, str]) -> str:
-    return (faq.get("questions") or "").split("|")[0] or faq["question"]
 
 
 def load_prompts(path: Path) -> list[list[Message]]:

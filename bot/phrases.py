@@ -15,6 +15,7 @@ class Phrases:
     no_answer: str
     no_answer_to: str
     closest: str
+    nearest: str
     other_language: str
     search_failed: str
     refused_injection: str
@@ -30,6 +31,7 @@ PHRASES: dict[Language, Phrases] = {
         no_answer="抱歉，这个问题我在店铺资料里没有找到答案，不敢随便回答您。需要我为您转人工客服吗？（{hours} {contact}）",
         no_answer_to="关于“{question}”，我在店铺资料里没有找到答案，可以为您转人工客服。",
         closest="没有找到完全对应的说明，最接近的内容是：",
+        nearest="店铺资料里最接近的内容是这些，供您参考：",
         other_language="（以下为原文）",
         search_failed="抱歉，资料检索暂时不可用，我现在无法准确回答。您可以稍后再试，或联系人工客服：{contact}",
         refused_injection="抱歉，这个请求我不能照办。我可以回答关于本店商品、订单、配送和售后的问题。",
@@ -44,6 +46,7 @@ PHRASES: dict[Language, Phrases] = {
         "Shall I connect you with a human? ({hours} {contact})",
         no_answer_to="I could not find anything about “{question}” in the store's information; a human can help with that.",
         closest="I found no exact match; this is the closest information:",
+        nearest="The nearest I have, in case it helps:",
         other_language="(in the original language)",
         search_failed="Sorry, I cannot search the store's information right now. Please try again shortly, or contact us: {contact}",
         refused_injection="Sorry, I can't do that. I can help with this store's products, orders, delivery and returns.",

@@ -3,7 +3,7 @@ The only reader of the environment and of store.toml.
 
 `Settings` are the server's knobs: command line over environment (`ZHANGGUI_…`) over defaults.
 `StoreProfile` is what the merchant wrote of the store. Both are read once, in serve.py, and handed down.
-docs/settings.md is generated from the descriptions here (`python -m bot settings --markdown`).
+docs/settings.md is generated from the descriptions here (`make docs`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings(BaseSettings):
         "vllm", description="What generates: vLLM in this process, an OpenAI-compatible server, or nothing."
     )
     model: str | None = Field(None, description="Catalog name or a model folder; the default release where not given.")
-    data: Path | None = Field(None, description="Folder for conversations and snapshots; `var/` in the checkout.")
+    data: Path | None = Field(None, description="Folder for conversations; `var/` in the checkout, the per-user data directory for an installed wheel.")
     cache: Path | None = Field(None, description="Folder for models and vectors; the per-user cache directory.")
     database_url: str | None = Field(None, description="SQLAlchemy URL (async driver); SQLite under `data`.")
 
@@ -43,10 +43,10 @@ class Settings(BaseSettings):
 
     direct: bool = Field(True, description="Send approved answers word for word where the retriever is sure.")
     direct_confidence: float = Field(
-        0.55, ge=0, le=1, description="Least confidence of a hit for its text to go out as it is."
+        0.5, ge=0, le=1, description="Least confidence of a hit for its text to go out as it is."
     )
     answer_confidence: float = Field(
-        0.22, ge=0, le=1, description="Below this the store has no answer, and the reply says so."
+        0.25, ge=0, le=1, description="Below this the store has no answer, and the reply says so."
     )
     n_passages: int = Field(4, ge=1, le=10, description="Passages in the prompt.")
     max_reply_tokens: int = Field(200, ge=16, le=2048, description="Longest generated reply, in tokens.")
@@ -59,8 +59,11 @@ class Settings(BaseSettings):
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins that may open the socket besides the server's own; `*` for any."
     )
-    asks_per_minute: int = Field(20, ge=1, description="Questions a minute and connection.")
+    asks_per_minute: int = Field(20, ge=1, description="Questions a minute and conversation.")
     sockets_per_address: int = Field(64, ge=1, description="Open sockets of one client address.")
+    trusted_proxies: str = Field(
+        "127.0.0.1", description="Addresses whose X-Forwarded-For names the visitor, comma-separated."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 
     def cache_dir(self) -> Path:
@@ -69,7 +72,13 @@ class Settings(BaseSettings):
 
     def data_dir(self) -> Path:
         """Return the folder for conversations; not created yet."""
-        return self.data or Path(__file__).resolve().parent.parent / "var"
+        if self.data is not None:
+            return self.data
+        above = Path(__file__).resolve().parent.parent
+        if (above / "pyproject.toml").exists():
+            return above / "var"
+        base = os.environ.get("XDG_DATA_HOME")
+        return (Path(base) if base else Path.home() / ".local" / "share") / "zhanggui"
 
     def database(self) -> str:
         """Return the SQLAlchemy URL of the conversations."""

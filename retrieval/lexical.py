@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from retrieval.words import weight, words
 
-# Robertson's usual k1 = 1.2 and b = 0.75; for texts as short as questions, length says little: b = 0.5 was better or
-# equal on every set measured (docs/experiments.md).
+# Robertson's usual k1; of b = 0.3, 0.5, 0.75 the middle one had the best mean recall@1 of BM25 alone over ten sets.
 K1 = 1.2
 B = 0.5
 

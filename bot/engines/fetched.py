@@ -68,7 +68,9 @@ class FetchedEngine:
         return self._engine.state() if self._engine is not None else EngineState(False, "starting", self._detail)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        return self._loaded().count_tokens(messages)
+        if self._engine is None:  # only for figures: nothing is generated yet
+            return sum(len(m.content) for m in messages) // 3
+        return self._engine.count_tokens(messages)
 
     @property
     def max_prompt_tokens(self) -> int:

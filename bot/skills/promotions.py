@@ -45,15 +45,20 @@ _FILLER = re.compile(
 
 # Other shops' prices are nothing this store can speak of.
 _ELSEWHERE = re.compile(
-    r"\b(?:other|another|different) (?:shops?|stores?|sites?|sellers?)|\belsewhere\b|\bcompetitors?\b|\bamazon\b|别家|其他店|别的店|同行|京东|淘宝|拼多多",
+    r"\b(?:other|another|different) (?:online )?(?:shops?|stores?|sites?|sellers?)|\belsewhere\b|\bcompetitors?\b|\bamazon\b|别家|其他店|别的店|同行|京东|淘宝|拼多多",
     re.IGNORECASE,
 )
+
+
+def about_other_shops(question: str) -> bool:
+    """Return whether `question` is about what some other shop sells or charges."""
+    return bool(_ELSEWHERE.search(normalise(question)))
 
 
 def about_promotions(question: str) -> bool:
     """Return whether `question` speaks of this store's promotions at all."""
     text = normalise(question)
-    return bool(_ABOUT.search(text)) and not _ELSEWHERE.search(text)
+    return bool(_ABOUT.search(text)) and not about_other_shops(question)
 
 
 def asks_for_all(question: str) -> bool:
@@ -72,7 +77,9 @@ def for_category(promotions: Sequence[Passage], category: str) -> list[Passage]:
     """Return the promotions that cover products of `category`: those for it, and those for all."""
     kept = []
     for promotion in promotions:
-        covered = {part.strip().casefold() for part in re.split(r"[,;，；|]", str(promotion.meta.get("products") or "all"))}
+        products = promotion.meta.get("products") or ["all"]
+        listed = products if isinstance(products, list | tuple) else re.split(r"[,;，；|]", str(products))
+        covered = {str(part).strip().casefold() for part in listed}
         if covered & {category.casefold(), "all", "全场", "全部"}:
             kept.append(promotion)
     return kept
