@@ -88,7 +88,9 @@ class LateRetriever:
         if self._live is None:
             return IndexStatus(False, detail=self._detail)
         status = self._live.status()
-        detail = f"{len(status.faults)} faults in the store's files; an older version is served" if status.faults else ""
+        detail = (
+            f"{len(status.faults)} faults in the store's files; an older version is served" if status.faults else ""
+        )
         return IndexStatus(True, status.version, status.n_passages, detail)
 
     def _ready(self) -> LiveRetriever:
@@ -249,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
-        for noisy in ("httpx", "httpcore", "faiss", "alembic"):
+        for noisy in ("httpx", "httpcore", "faiss", "alembic", "vllm"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         parts = build_parts(settings)
         app = create_app(parts)

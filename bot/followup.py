@@ -27,7 +27,9 @@ _COURTEOUS_START = re.compile(
     r"你好|您好|亲|在吗|请问|麻烦问一下|问一下|想问一?下|想咨询一?下|咨询一?下|谢谢|好的|嗯|哦|那个)[\s,，.。!！~、:：]*)+",
     re.IGNORECASE,
 )
-_JOINED_EN = re.compile(r",?\s+(?:and|also|plus)\s+(?=(?:how|what|when|where|which|who|why|can|could|do|does|is|are|will)\b)", re.IGNORECASE)
+_JOINED_EN = re.compile(
+    r",?\s+(?:and|also|plus)\s+(?=(?:how|what|when|where|which|who|why|can|could|do|does|is|are|will)\b)", re.IGNORECASE
+)
 _JOINED_ZH = re.compile(r"[，,；;]?\s*(?:还有|另外|顺便(?:问一?下)?|以及|再问一?下)[，,]?\s*")
 
 _ELLIPTIC_START = re.compile(

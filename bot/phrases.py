@@ -55,7 +55,10 @@ PHRASES: dict[Language, Phrases] = {
         handoff_asked="Of course, I am connecting you with a human agent. Agents are here: {hours}. {contact}",
         handoff_anger="I am very sorry about this experience. I am handing you over to a human agent now. "
         "Agents are here: {hours}. {contact}",
-        courtesies={"thanks": "You're welcome! Just ask if there is anything else.", "goodbye": "Thank you for visiting, goodbye!"},
+        courtesies={
+            "thanks": "You're welcome! Just ask if there is anything else.",
+            "goodbye": "Thank you for visiting, goodbye!",
+        },
         quick_after_no_answer=("Talk to a human",),
     ),
 }

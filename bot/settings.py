@@ -34,7 +34,10 @@ class Settings(BaseSettings):
         "vllm", description="What generates: vLLM in this process, an OpenAI-compatible server, or nothing."
     )
     model: str | None = Field(None, description="Catalog name or a model folder; the default release where not given.")
-    data: Path | None = Field(None, description="Folder for conversations; `var/` in the checkout, the per-user data directory for an installed wheel.")
+    data: Path | None = Field(
+        None,
+        description="Folder for conversations; `var/` in the checkout, the per-user data directory for an installed wheel.",
+    )
     cache: Path | None = Field(None, description="Folder for models and vectors; the per-user cache directory.")
     database_url: str | None = Field(None, description="SQLAlchemy URL (async driver); SQLite under `data`.")
 
@@ -52,7 +55,7 @@ class Settings(BaseSettings):
     max_reply_tokens: int = Field(200, ge=16, le=2048, description="Longest generated reply, in tokens.")
 
     vllm: dict[str, Any] = Field(
-        default_factory=dict, description="Overrides of the engine profile, as JSON, e.g. {\"max_num_seqs\": 8}."
+        default_factory=dict, description='Overrides of the engine profile, as JSON, e.g. {"max_num_seqs": 8}.'
     )
     embedder_threads: int = Field(2, ge=1, description="Threads of the embedder.")
 

@@ -36,7 +36,10 @@ def main() -> int:
     if name == "dev":  # installed on top of cpu.lock
         base_pins = (HERE / "cpu.lock").read_text(encoding="utf-8").splitlines()
         pins = {p: v for p, v in pins.items() if f"{p}=={v}" not in base_pins}
-    lines = [f"# Made by: python requirements/make_lock.py {' '.join(sys.argv[1:])}", "# Install with: pip install --no-deps -r"]
+    lines = [
+        f"# Made by: python requirements/make_lock.py {' '.join(sys.argv[1:])}",
+        "# Install with: pip install --no-deps -r",
+    ]
     lines += [f"{project}=={version}" for project, version in sorted(pins.items())]
     (HERE / f"{name}.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"requirements/{name}.lock: {len(pins)} packages")

@@ -28,6 +28,9 @@ from retrieval.load import content_hash, dump_passage, parse_passage
 from retrieval.passages import Passage
 from retrieval.words import codes, detect_lang, squash
 
+# A flat search is a millisecond on one core; a second thread gains nothing and then spins on the embedder's core.
+faiss.omp_set_num_threads(1)
+
 FORMAT = 4
 BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only averaged in
 # Every vector of e5 shares a direction, so that any two texts have a cosine of 0.75 and more. Taking the mean away

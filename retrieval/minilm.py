@@ -50,9 +50,10 @@ class MiniLM:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except (OSError, ValueError) as exc:
             raise RetrievalError(f"the English model cannot be loaded: {exc}") from exc
-        # BLAS threads of products this small wait for each other longer than they compute: 825 ms a question with two
-        # on a busy two-core machine, 37 ms with one.
-        self._blas = ThreadpoolController().select(user_api="blas")
+        # For the whole process, and for good. BLAS threads of products this small wait for each other longer than they
+        # compute (825 ms a question with two on a busy two-core machine, 37 ms with one), and after any product of
+        # numpy's they spin for tens of milliseconds on the core the other embedder needs.
+        ThreadpoolController().limit(limits=1, user_api="blas")
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._tokenizer.no_padding()
         self._n_heads = int(config["num_attention_heads"])
@@ -84,8 +85,7 @@ class MiniLM:
             for row, i in enumerate(rows):
                 ids[row, : len(encoded[i])] = encoded[i]
                 mask[row, : len(encoded[i])] = 1
-            with self._blas.limit(limits=1):
-                out[rows] = self._forward(ids, mask)
+            out[rows] = self._forward(ids, mask)
         return out
 
     def _forward(self, ids: NDArray[np.int64], mask: Matrix) -> Matrix:
@@ -120,4 +120,6 @@ class MiniLM:
 
 def _gelu(x: Matrix) -> Matrix:
     # The tanh form differs from erf's by under 1e-3, cosines by under 1e-4; numpy has no erf.
-    return np.asarray(0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x))), np.float32)
+    return np.asarray(
+        0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x))), np.float32
+    )

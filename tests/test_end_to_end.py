@@ -43,7 +43,8 @@ now-zh,棕榈节,棕榈8折。,PALM20,2020-01-01T00:00:00,2120-01-01T00:00:00,zh
 def write_store(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store.toml").write_text(
-        'name = "Leafy 绿叶"\nlanguages = ["en", "zh"]\ntimezone = "Asia/Shanghai"\ncurrency = "CNY"\n', encoding="utf-8"
+        'name = "Leafy 绿叶"\nlanguages = ["en", "zh"]\ntimezone = "Asia/Shanghai"\ncurrency = "CNY"\n',
+        encoding="utf-8",
     )
     (folder / "faqs.csv").write_text(FAQS, encoding="utf-8")
     (folder / "promotions.csv").write_text(PROMOTIONS, encoding="utf-8")
@@ -162,7 +163,13 @@ class TestWithoutAnEngine:
     def test_cases_and_load_runs_print_their_figures(self, quick: Served, tmp_path: Path) -> None:
         cases = tmp_path / "cases.jsonl"
         lines = [
-            {"id": "a", "lang": "en", "turns": ["what is the shipping fee?"], "must_include": [["¥7"]], "expect": "answer"},
+            {
+                "id": "a",
+                "lang": "en",
+                "turns": ["what is the shipping fee?"],
+                "must_include": [["¥7"]],
+                "expect": "answer",
+            },
             {"id": "b", "lang": "zh", "turns": ["转人工"], "expect": "handoff"},
             {"id": "c", "lang": "en", "turns": ["who won the world cup"], "expect": "no_answer"},
             {"id": "d", "lang": "en", "turns": ["how often to water a cactus"], "must_include": [["never"]]},
@@ -177,7 +184,9 @@ class TestWithoutAnEngine:
 
         questions = tmp_path / "q.txt"
         questions.write_text("shipping fee\n退货期限\n" * 4, encoding="utf-8")
-        results = run("bot", "bench", "--url", quick.ws, "--questions", str(questions), "--concurrency", "1,4", "--json")
+        results = run(
+            "bot", "bench", "--url", quick.ws, "--questions", str(questions), "--concurrency", "1,4", "--json"
+        )
         assert [(r["completed"], r["failed"]) for r in results] == [(8, 0), (8, 0)]
         assert results[0]["median_ttft_ms"] > 0
 
@@ -249,7 +258,9 @@ def test_vllm_answers_what_no_passage_answers_and_comes_back_after_its_death(tmp
         # Eight at once, as visitors come.
         questions = tmp_path / "q.txt"
         questions.write_text("How much is delivery?\nHow often do I water a cactus?\n" * 4, encoding="utf-8")
-        (result,) = run("bot", "bench", "--url", served.ws, "--questions", str(questions), "--concurrency", "8", "--json")
+        (result,) = run(
+            "bot", "bench", "--url", served.ws, "--questions", str(questions), "--concurrency", "8", "--json"
+        )
         assert (result["completed"], result["failed"]) == (8, 0)
 
         # The engine's process is killed: seen within 5 s, courtesies still answered, then it is back.

@@ -69,9 +69,7 @@ def test_retrieval_imports_nothing_of_ours(file: Path) -> None:
 def test_bot_knows_only_the_leaves_of_retrieval(file: Path) -> None:
     # Names imported from a leaf module count as that leaf.
     wrong = [
-        n
-        for n in imports_of(file)
-        if under(n, "retrieval") and not any(under(n, leaf) for leaf in RETRIEVAL_LEAVES)
+        n for n in imports_of(file) if under(n, "retrieval") and not any(under(n, leaf) for leaf in RETRIEVAL_LEAVES)
     ]
     assert not wrong
     assert not [n for n in imports_of(file) if under(n, "serve") or under(n, "finetune")]

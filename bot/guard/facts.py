@@ -19,9 +19,7 @@ _EN_NUMBERS = {
         "seventeen eighteen nineteen twenty".split()
     )
 } | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "ninety": 90, "hundred": 100}
-_EN_UNIT = (
-    r"(?:business |working |calendar )?(?:days?|hours?|minutes?|weeks?|months?|years?|yuan|percent|dollars?|euros?|times|points?)"
-)
+_EN_UNIT = r"(?:business |working |calendar )?(?:days?|hours?|minutes?|weeks?|months?|years?|yuan|percent|dollars?|euros?|times|points?)"
 _ZH_DIGITS = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _ZH_UNIT = r"(?:个?工作日|天|日内|小时|个小时|分钟|周|个?月|年|元|块|折|倍|积分|成)"
 _MONTHS = {
@@ -97,7 +95,9 @@ def facts_of(text: str) -> Facts:
         percents.add(_fold(m.group(1)))
     if "半价" in text or re.search(r"half[- ]price|half off", text, re.IGNORECASE):
         percents.add("50")
-    text = re.sub(r"(\d{1,2}(?:\.\d)?|[一二三四五六七八九]{1,2})\s*折|\d+(?:\.\d+)?\s*(?:%|percent\b|per cent\b)", " ", text)
+    text = re.sub(
+        r"(\d{1,2}(?:\.\d)?|[一二三四五六七八九]{1,2})\s*折|\d+(?:\.\d+)?\s*(?:%|percent\b|per cent\b)", " ", text
+    )
 
     dates: set[tuple[int, int]] = set()
 
@@ -118,7 +118,9 @@ def facts_of(text: str) -> Facts:
         lambda m: date(int(m[1]), m[2]) + date(int(m[1]), m[3]),
         text,
     )
-    text = re.sub(r"(?:(?:19|20)\d\d\s*年\s*)?(\d{1,2})\s*月\s*(\d{1,2})\s*[日号]?", lambda m: date(int(m[1]), m[2]), text)
+    text = re.sub(
+        r"(?:(?:19|20)\d\d\s*年\s*)?(\d{1,2})\s*月\s*(\d{1,2})\s*[日号]?", lambda m: date(int(m[1]), m[2]), text
+    )
     text = re.sub(r"\b(?:19|20)\d\d[-/.](\d{1,2})[-/.](\d{1,2})\b", lambda m: date(int(m[1]), m[2]), text)
     text = re.sub(
         rf"\b(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? {_MONTH}\b\.?(?:,? (?:19|20)\d\d)?",
@@ -218,7 +220,9 @@ def _zh_number(text: str) -> int | None:
 
 # The end of a text that more text could still turn into another fact: digits, Latin letters, signs of
 # prices, Chinese numerals, and a unit that a number has just got.
-_OPEN_END = re.compile(r"(?:[A-Za-z0-9¥￥$€£.,:/%@+_\-零〇一二两三四五六七八九十百千满减第]|(?<=[\d十百千])\s?[个工作折元天日月年号块]*)+$")
+_OPEN_END = re.compile(
+    r"(?:[A-Za-z0-9¥￥$€£.,:/%@+_\-零〇一二两三四五六七八九十百千满减第]|(?<=[\d十百千])\s?[个工作折元天日月年号块]*)+$"
+)
 
 
 class StreamGate:

@@ -44,7 +44,9 @@ _ANGER = [
 def handoff_trigger(text: str) -> Trigger | None:
     """Return why a human should take over after this message, or None."""
     text = normalise(text)
-    if any(p.search(text) for p in _ASKED) and not (_ABOUT.search(text) and not re.search(r"转人工|now|马上|立刻", text)):
+    if any(p.search(text) for p in _ASKED) and not (
+        _ABOUT.search(text) and not re.search(r"转人工|now|马上|立刻", text)
+    ):
         return "asked"
     if any(p.search(text) for p in _ANGER):
         return "anger"

@@ -25,14 +25,18 @@ _COURTESIES: list[tuple[Courtesy, re.Pattern[str]]] = [
         re.compile(
             r"^\s*(?:(?:ok(?:ay)?|great|perfect|good|cool|got it|alright|好的?|好滴|行|嗯+|明白了?|知道了|懂了|了解)[\s,，!！.。~]*)?"
             r"(?:(?:many )?thanks?(?: you)?(?: (?:so|very) much| a lot| for (?:your|the) help)?|thx|ty|cheers|much appreciated|"
-            r"(?:太|非常|十分|真是)?(?:谢谢|感谢|多谢|谢了|谢啦|3q)(?:你|您|啦|了|哈|哦|亲)?(?:的?(?:帮助|解答|回复))?)" + _TAIL + "$",
+            r"(?:太|非常|十分|真是)?(?:谢谢|感谢|多谢|谢了|谢啦|3q)(?:你|您|啦|了|哈|哦|亲)?(?:的?(?:帮助|解答|回复))?)"
+            + _TAIL
+            + "$",
             re.IGNORECASE,
         ),
     ),
     (
         "thanks",
         re.compile(
-            r"^\s*(?:ok(?:ay)?|great|perfect|cool|got it|alright|understood|好的?|好滴|行|嗯+|明白了?|知道了|懂了|了解了?|收到)" + _TAIL + "$",
+            r"^\s*(?:ok(?:ay)?|great|perfect|cool|got it|alright|understood|好的?|好滴|行|嗯+|明白了?|知道了|懂了|了解了?|收到)"
+            + _TAIL
+            + "$",
             re.IGNORECASE,
         ),
     ),

@@ -32,7 +32,13 @@ PASSAGES = [
     passage("bulky-en", "Bulky items cost ¥60 to deliver."),
     passage("invoice-en", "Invoices come by e-mail after 24 hours."),
     passage("only-zh", "积分每¥1得1分。", "zh"),
-    passage("lamp-en", "Oak lamp. Price: ¥129. In stock: 4.", kind="product", meta={"sku": "QH1", "price": 129.0}),
+    passage(
+        "lamp-en",
+        "Oak lamp. Price: ¥129. In stock: 4.",
+        kind="product",
+        meta={"sku": "QH1", "price": 129.0, "category": "lamps"},
+    ),
+    passage("quilt-en", "Quilt. Price: ¥899.", kind="product", meta={"sku": "QH2", "category": "bedding"}),
     passage(
         "warm-en",
         "25% off bedding. Code: WARM25.",
@@ -40,7 +46,7 @@ PASSAGES = [
         title="Warm Home",
         valid_from=NOW - timedelta(days=2),
         valid_until=NOW + timedelta(days=2),
-        meta={"code": "WARM25"},
+        meta={"code": "WARM25", "products": ["bedding"]},
     ),
     passage(
         "tea-en",
@@ -71,6 +77,8 @@ ANSWERS = {
     "maybe": [("ship-en", 0.4), ("invoice-en", 0.3)],
     "weak": [("ship-en", 0.05)],
     "lamp": [("lamp-en", 0.9)],
+    "quilt": [("quilt-en", 0.9)],
+    "unclear": [("bulky-en", 0.15)],
     "tea": [("tea-en", 0.8)],
     "year": [("year-en", 0.8)],
 }
@@ -137,9 +145,38 @@ async def test_a_reply_in_the_wrong_language_is_replaced() -> None:
     assert "Delivery costs" in reply.text
 
 
-async def test_a_model_that_says_it_does_not_know_is_a_no_answer() -> None:
+async def test_where_the_model_does_not_know_the_nearest_passages_are_shown_as_that() -> None:
     reply, _ = await ask(answerer("I don't know."), "maybe tell me what posting costs")
+    assert reply.outcome == "direct"
+    assert reply.text.startswith("I found no exact match")
+    alone, _ = await ask(answerer("I don't know.", rules=Rules(direct=False)), "maybe tell me what posting costs")
+    assert alone.outcome == "no_answer"
+
+
+async def test_a_reply_that_leaves_out_the_figures_of_its_source_is_replaced() -> None:
+    reply, _ = await ask(answerer("Delivery costs something, it is free from ¥99."), "maybe tell me what posting costs")
+    assert "¥8" in reply.text
+    assert reply.revised
+
+
+async def test_under_an_honest_no_the_nearest_passages_are_shown() -> None:
+    reply, _ = await ask(answerer(), "somewhat unclear")
     assert reply.outcome == "no_answer"
+    assert "nearest" in reply.text
+    assert "¥60" in reply.text
+
+
+async def test_other_shops_are_nothing_this_store_can_answer_for() -> None:
+    reply, _ = await ask(answerer(), "Is the lamp cheaper at other shops?")
+    assert reply.outcome == "no_answer"
+
+
+async def test_a_product_asked_about_with_offers_comes_with_those_that_cover_it() -> None:
+    reply, _ = await ask(answerer(), "Is there a discount on the lamp?")
+    assert "¥129" in reply.text
+    assert "WARM25" not in reply.text  # bedding only
+    quilt, _ = await ask(answerer(), "Is there a discount on the quilt?")
+    assert "WARM25" in quilt.text
 
 
 async def test_without_an_engine_the_nearest_passage_is_said_to_be_that() -> None:
@@ -170,8 +207,8 @@ async def test_closing_the_generator_aborts_the_engines_request() -> None:
             break
     await steps.aclose()
     assert (bot.engine.n_open, bot.engine.n_aborted) == (0, 1)  # type: ignore[union-attr]
-    reply, _ = await ask(answerer("It costs ¥8."), "maybe tell me what posting costs")
-    assert reply.text == "It costs ¥8."
+    reply, _ = await ask(answerer("Delivery costs ¥8, free from ¥99."), "maybe tell me what posting costs")
+    assert reply.outcome == "generated"
 
 
 async def test_stop_ends_the_reply_with_the_text_so_far() -> None:

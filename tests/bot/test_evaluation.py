@@ -28,7 +28,12 @@ def test_a_forbidden_wording_costs_all_facts() -> None:
 
 @pytest.mark.parametrize(
     ("expect", "outcome", "right"),
-    [("answer", "direct", True), ("answer", "no_answer", False), ("refuse", "refused", True), ("handoff", "direct", False)],
+    [
+        ("answer", "direct", True),
+        ("answer", "no_answer", False),
+        ("refuse", "refused", True),
+        ("handoff", "direct", False),
+    ],
 )
 def test_the_outcome_is_judged_too(expect: str, outcome: str, right: bool) -> None:
     case = Case("c", "en", ("q",), (), (), expect)
@@ -68,7 +73,9 @@ def test_a_wrong_store_toml_is_named_with_its_field(tmp_path: Path, toml: str, m
 
 
 def test_a_store_needs_no_more_than_a_name(tmp_path: Path) -> None:
-    (tmp_path / "store.toml").write_text('name = "Tiny"\npersona = "Kind."\ncontact = "ask at the till"\n', encoding="utf-8")
+    (tmp_path / "store.toml").write_text(
+        'name = "Tiny"\npersona = "Kind."\ncontact = "ask at the till"\n', encoding="utf-8"
+    )
     profile = load_store_profile(tmp_path)
     assert profile.languages == ("zh", "en")
     assert profile.persona["zh"] == "Kind."

@@ -38,7 +38,9 @@ def test_an_elliptical_question_is_completed_from_the_one_before(before: str, no
     assert query.elliptical
 
 
-@pytest.mark.parametrize("text", ["Do you accept PayPal?", "可以货到付款吗", "QH1034 有货吗", "How long is the warranty on lamps?"])
+@pytest.mark.parametrize(
+    "text", ["Do you accept PayPal?", "可以货到付款吗", "QH1034 有货吗", "How long is the warranty on lamps?"]
+)
 def test_a_question_that_stands_alone_is_left_alone(text: str) -> None:
     query = complete(text, [Turn("How much is shipping?", "¥8")])
     assert not query.elliptical

@@ -21,6 +21,8 @@ from bot.skills.smalltalk import courtesy_of
         ("what's my neighbour's address?", "others_data"),
         ("tell me another customer's order", "others_data"),
         ("帮我查一下别人的订单", "others_data"),
+        ("看看 wang@example.com 这个人买了什么，把她的地址和电话发给我", "others_data"),
+        ("give me his phone number", "others_data"),
         ("How do I check my order?", None),
         ("Can I send a gift to my friend's address?", None),
         ("可以寄到我朋友的地址吗", None),

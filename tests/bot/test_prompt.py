@@ -49,7 +49,13 @@ def test_the_oldest_turns_go_first_and_whole_then_the_last_passages() -> None:
     history = [Turn(f"question {n} " * 10, f"reply {n} " * 10) for n in range(5)]
     whole = render_prompt(STORE, history, "now?", [passage("a"), passage("b")], "en")
     cut = render_prompt(
-        STORE, history, "now?", [passage("a"), passage("b")], "en", count_tokens=words, max_prompt_tokens=words(whole) - 1
+        STORE,
+        history,
+        "now?",
+        [passage("a"), passage("b")],
+        "en",
+        count_tokens=words,
+        max_prompt_tokens=words(whole) - 1,
     )
     assert len(cut) == len(whole) - 2
     assert "question 0" not in "".join(m.content for m in cut)
