@@ -5,8 +5,8 @@ The whole bot on the demo store, through its socket: right answers, and how long
 
 Starts `serve.py` with the default engine, as `make serve` does, and again with the direct path off (every answer is
 generated from four passages, the recipe tutorials give), and once without a model. Asks the 120 cases of
-examples/cases.jsonl; then times direct answers (the FAQs' own wordings) and generated ones (the cases' questions, direct
-path off) with one visitor and with eight. Prints the figures and writes bench/results/chat.json.
+examples/cases.jsonl; then times direct answers (the FAQs' own wordings) and generated ones (the cases' questions,
+direct path off) with one visitor and with eight. Prints the figures and writes bench/results/chat.json.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from bot.engine import Chunk, Engine, Sampling
@@ -147,7 +148,7 @@ class Answerer:
         finish "abort" and the text so far follows soon. Closing the generator aborts the engine's request.
 
         Raises:
-            EngineBusy, EngineFailed, EngineDead: from the engine; nothing was decided, the same question may be asked again.
+            EngineBusy, EngineFailed, EngineDead: from the engine; the same question may be asked again.
         """
         stop = stop or asyncio.Event()
         language = reply_language(question, history, locale, self.profile.languages[0])
@@ -235,8 +236,8 @@ class Answerer:
             if all(part.how == "none" for part in parts) or _confidence(whole) > max(map(_confidence, parts)) + 0.25:
                 return [whole]
             # The same passage twice is one answer.
-            seen: set[str] = set()
-            parts = [p for p in parts if p.how != "quote" or not (p.text in seen or seen.add(p.text))]  # type: ignore[func-returns-value]
+            quotes = {p.text: p for p in reversed(parts) if p.how == "quote"}
+            parts = [p for p in parts if p.how != "quote" or quotes[p.text] is p]
         return parts
 
     def _decide_one(self, query: Query, language: Language, now: datetime) -> Part:
@@ -257,14 +258,15 @@ class Answerer:
         elsewhere = promotions.about_other_shops(query.text)
         if hits and top >= rules.direct_confidence and not elsewhere and self._quotable(hits[0], language):
             best = self._in_language(hits[0].passage, language)
-            text, rests_on = self._quote(hits[0], language, now), (hits[0],)
+            text = self._quote(hits[0], language, now)
+            rests_on: tuple[Hit, ...] = (hits[0],)
             if about and best.kind == "product":
                 category = str(best.meta.get("category") or "")
                 current = promotions.for_category(self._current_promotions(language, now), category)
                 text = f"{text}\n\n{promotions.list_text(current, language)}"
                 rests_on += tuple(Hit(p, 1.0, 1.0) for p in current)
             return Part("quote", query, text, rests_on)
-        # Asked about offers in words that no promotion uses ("im at uni, do I pay less?"): all that is on is the answer.
+        # Asked about offers in words no promotion uses ("im at uni, do I pay less?"): all that is on is the answer.
         if about and self._current_promotions(language, now):
             return self._list_promotions(query, language, now)
         if top < rules.answer_confidence or elsewhere:
@@ -512,8 +514,8 @@ def _coverage(words: Sequence[str], passage: Passage) -> float:
 def _overlap(text: str, source: str) -> float:
     """Return the share of `text`'s content words, taken in pairs, that stand in `source` in that order; 0 to 1."""
     said, there = content_words(text), content_words(source)
-    pairs = set(zip(said, said[1:], strict=False)) or {(w, w) for w in said}
-    known = set(zip(there, there[1:], strict=False)) | {(w, w) for w in there}
+    pairs = set(pairwise(said)) or {(w, w) for w in said}
+    known = set(pairwise(there)) | {(w, w) for w in there}
     return len(pairs & known) / len(pairs) if pairs else 0.0
 
 
@@ -538,7 +540,7 @@ async def _until(items: AsyncIterator[Chunk], stop: asyncio.Event) -> AsyncItera
     stopped = asyncio.ensure_future(stop.wait())
     try:
         while True:
-            following = asyncio.ensure_future(anext(items))  # type: ignore[arg-type]
+            following = asyncio.ensure_future(anext(items))
             await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not following.done():
                 following.cancel()

@@ -48,7 +48,10 @@ class EngineState:
 class Engine(Protocol):
     """Generates replies. One instance serves all conversations of a process."""
 
-    name: str  # catalog or folder name of the model, for the release
+    @property
+    def name(self) -> str:
+        """Catalog or folder name of the model, for the release."""
+        ...
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
         """

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     model: str | None = Field(None, description="Catalog name or a model folder; the default release where not given.")
     data: Path | None = Field(
         None,
-        description="Folder for conversations; `var/` in the checkout, the per-user data directory for an installed wheel.",
+        description="Folder for conversations; `var/` in the checkout, the user's data directory for a wheel.",
     )
     cache: Path | None = Field(None, description="Folder for models and vectors; the per-user cache directory.")
     database_url: str | None = Field(None, description="SQLAlchemy URL (async driver); SQLite under `data`.")

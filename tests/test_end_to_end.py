@@ -76,8 +76,10 @@ class Served:
     def up(self, *, wait_s: float) -> None:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "serve.py", "--store", str(self.store), "--port", str(self.port)]
-                + ["--data", str(self.folder / "data"), *self.arguments],
+                [
+                    *[sys.executable, "serve.py", "--store", str(self.store), "--port", str(self.port)],
+                    *["--data", str(self.folder / "data"), *self.arguments],
+                ],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

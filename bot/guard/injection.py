@@ -56,7 +56,7 @@ _OTHERS_DATA = [
     for p in (
         rf"\b(?:give|show|tell|send|list|find|look up|read|get|need|want|what(?:'s| is| did)|which|see|check|share)\b"
         rf"[^.?!\n]{{0,30}}\b{_OTHER}\b[^.?!\n]{{0,25}}\b{_PRIVATE}",
-        rf"\b(?:list|dump|export|show)\b[^.?!\n]{{0,20}}\b(?:all|every)\b[^.?!\n]{{0,20}}\b(?:customers?|users?|orders|emails)\b",
+        r"\b(?:list|dump|export|show)\b[^.?!\n]{0,20}\b(?:all|every)\b[^.?!\n]{0,20}\b(?:customers?|users?|orders|emails)\b",
         r"\b(?:address|phone(?: number)?|email|orders?)\b (?:of|for|belonging to) (?:another|other|someone|a different|"
         r"the (?:other|previous|last)|my (?:neighbou?r|friend|ex|colleague))\b",
         r"(?:别人|他人|其他(?:客户|顾客|用户|买家|人)|别的(?:客户|顾客|用户|买家|人)|上一个(?:客户|顾客|用户|买家|人)|"

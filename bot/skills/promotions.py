@@ -122,5 +122,18 @@ def date_text(day: datetime, language: Language) -> str:
     """Return a date as people write it: 11月3日, 3 November 2026."""
     if language == "zh":
         return f"{day.year}年{day.month}月{day.day}日"
-    months = "January February March April May June July August September October November December".split()
+    months = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ]
     return f"{day.day} {months[day.month - 1]} {day.year}"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HashingEmbedder
 
 from retrieval.calibrate import fit, problems
 from retrieval.confidence import NAMES, Features, load_calibration
 from retrieval.errors import BadStore
+from tests.retrieval.conftest import HashingEmbedder
 
 
 def features(body: float, **rest: float) -> Features:

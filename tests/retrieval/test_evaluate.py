@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import DATA, HashingEmbedder
 
 from retrieval.embedder import Embedder, VectorCache
 from retrieval.errors import BadStore
 from retrieval.evaluate import Outcome, Question, evaluate, load_questions, measures
 from retrieval.passages import Passage
+from tests.retrieval.conftest import DATA, HashingEmbedder
 
 
 def outcome(rank: int | None, confidence: float, answerable: bool = True) -> Outcome:

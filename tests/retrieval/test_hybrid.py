@@ -6,13 +6,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import NOW, HashingEmbedder, write_store
 
 from retrieval.embedder import Embedder
 from retrieval.errors import RetrievalError
 from retrieval.hybrid import HybridRetriever
 from retrieval.load import load_store
 from retrieval.passages import Passage, is_valid
+from tests.retrieval.conftest import NOW, HashingEmbedder, write_store
 
 Build = Callable[..., HybridRetriever]
 

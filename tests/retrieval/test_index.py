@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HashingEmbedder
 
 from retrieval.embedder import VectorCache
 from retrieval.errors import IndexDamaged
 from retrieval.index import Index, build_index, load_index, units
 from retrieval.passages import Passage
+from tests.retrieval.conftest import HashingEmbedder
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NOW, HashingEmbedder
 from langchain_core.retrievers import BaseRetriever
 
 from retrieval.embedder import Embedder
 from retrieval.errors import BadStore
 from retrieval.load import load_store
 from retrieval.retriever import HybridRetriever, LiveRetriever, ZhangguiRetriever
+from tests.retrieval.conftest import NOW, HashingEmbedder
 
 Open = Callable[..., LiveRetriever]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from chat_page import DESKTOP, OpenPage
+
+from tests.web.chat_page import DESKTOP, OpenPage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
-from chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
 from playwright.sync_api import expect
+
+from tests.web.chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 400.0  # the first start on a machine embeds the demo store; later ones take seconds

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from fake_server import HOSTILE, FakeServer
+
+from tests.web.fake_server import HOSTILE, FakeServer
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
-from chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
 from playwright.sync_api import expect
+
+from tests.web.chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
 
 
 @pytest.fixture
