@@ -229,6 +229,8 @@ class Answerer:
         parts: list[Part] = []
         for n, question in enumerate(questions):
             query = complete(question, history, questions[:n])
+            if len(questions) == 1:
+                query = self._in_context(query, history, language, now)
             parts.append(self._decide_one(query, language, now))
         if len(parts) > 1:
             # A message whose parts say nothing by themselves may do so as a whole.
@@ -242,7 +244,7 @@ class Answerer:
 
     def _decide_one(self, query: Query, language: Language, now: datetime) -> Part:
         rules = self.rules
-        hits = self._search(query, language, now)
+        hits = [hit for hit in self._search(query, language, now) if hit.passage.id not in query.skip]
         if not rules.direct:  # measuring the model alone
             return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
 
@@ -299,17 +301,44 @@ class Answerer:
         alone = self.retriever.search(query.text, k, now=now, lang=language)
         if not query.elliptical:
             return alone
+        # What it refers to ranks, what is new in it decides: "and to Germany?" after a question about Japan must not get
+        # Japan's answer again. Confidences of two questions in one string come out low, hence the factor.
         completed = self.retriever.search(query.standalone, 2 * k, now=now, lang=language)
-        merged: dict[str, Hit] = {}
-        for hit in completed + alone:
-            known = merged.get(hit.passage.id)
-            if known is None or hit.confidence > known.confidence:
-                merged[hit.passage.id] = hit
+        support = {hit.passage.id: hit.confidence for hit in alone}
+        merged = {hit.passage.id: hit for hit in [*alone, *completed]}
+        own = {hit.passage.id: hit.confidence for hit in completed}
         weighed = [
-            replace(hit, confidence=hit.confidence * (0.35 + 0.65 * _coverage(query.new_words, hit.passage)))
-            for hit in merged.values()
+            replace(
+                hit,
+                confidence=min(
+                    0.95,
+                    1.5
+                    * (own.get(id_, 0.0) + 0.4 * support.get(id_, 0.0))
+                    * (0.15 + 0.85 * _coverage(query.new_words, hit.passage)),
+                ),
+            )
+            for id_, hit in merged.items()
         ]
         return sorted(weighed, key=lambda hit: -hit.confidence)[:k]
+
+    def _in_context(self, query: Query, history: Sequence[Turn], language: Language, now: datetime) -> Query:
+        """
+        Return `query`, completed from the turn before where it finds nothing by itself ("放久了会作废不" on gift cards).
+
+        Only if that finds something which did not answer the turn before; else any new subject would be pulled back to
+        the old one.
+        """
+        if query.elliptical or not history or len(query.text) > 60:
+            return query
+        alone = self.retriever.search(query.text, 1, now=now, lang=language)
+        if alone and alone[0].confidence >= self.rules.answer_confidence:
+            return query
+        last = history[-1]
+        joined = replace(query, standalone=f"{last.question.rstrip('?？ ')} {query.text}")
+        found = self.retriever.search(joined.standalone, 3, now=now, lang=language)
+        fresh = [hit for hit in found if self._in_language(hit.passage, language).id not in last.passages]
+        good = fresh and fresh[0].confidence >= 1.2 * self.rules.answer_confidence
+        return replace(joined, skip=last.passages) if good else query
 
     def _current_promotions(self, language: Language, now: datetime) -> list[Passage]:
         in_language = self.retriever.current("promotion", now=now, lang=language)
@@ -506,9 +535,9 @@ def _coverage(words: Sequence[str], passage: Passage) -> float:
     """Return the share of `words` that `passage` contains; 1 where there are none."""
     if not words:
         return 1.0
-    text = f"{passage.title}\n{passage.text}\n" + "\n".join(passage.questions)
-    text = text.lower()
-    return sum(1 for word in words if word in text) / len(words)
+    text = " ".join([passage.title, passage.text, *passage.questions]).lower()
+    spoken = set(content_words(text))
+    return sum(1 for word in words if word in spoken or (word[-1:] == "s" and word[:-1] in spoken)) / len(words)
 
 
 def _overlap(text: str, source: str) -> float:

@@ -42,6 +42,7 @@ _PRONOUN = re.compile(
     r"\b(?:it|its|this|that|these|those|they|them|one|ones|there|he|she|the same)\b|它们?|这个|那个|这款|那款|这种|那种|这些|那些|这样|那样|这|那|该",
     re.IGNORECASE,
 )
+_PHRASE = re.compile(r"(to|for|in|from|with|at|on)\s+\w", re.IGNORECASE)
 _STOP = frozenset(
     [
         "a",
@@ -188,6 +189,7 @@ class Query:
     text: str  # as the visitor wrote it, courtesies taken off
     standalone: str  # with what it refers to; equals `text` for a question that stands alone
     new_words: tuple[str, ...] = ()  # content words of an elliptical question: a right passage speaks of them
+    skip: tuple[str, ...] = ()  # passages that answered the turn before, where this one asks for something else
 
     @property
     def elliptical(self) -> bool:
@@ -258,7 +260,13 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
         return Query(bare, bare)
     rest = _ELLIPTIC_END.sub("", _ELLIPTIC_START.sub("", bare)).strip(" ,，?？")
     words = tuple(w for w in content_words(rest) if w not in content_words(previous))
-    return Query(bare, f"{previous.rstrip('?？ ')} {rest or bare}", words)
+    previous = previous.rstrip("?？ ")
+    if phrase := _PHRASE.match(rest):
+        # "postage to South Korea", "and to Germany?": the new place takes the old one's.
+        swapped, n = re.subn(rf"\b{phrase[1]}\s+(?:[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*|\w+)", rest, previous, count=1)
+        if n:
+            return Query(bare, swapped, words)
+    return Query(bare, f"{previous} {rest or bare}", words)
 
 
 def is_elliptical(question: str) -> bool:
@@ -274,7 +282,8 @@ def is_elliptical(question: str) -> bool:
         return True
     if _PRONOUN.search(question) and weight <= 4:
         return True
-    return weight <= 1 and len(words_and_particles(question)) <= 5
+    everything = words_and_particles(question)
+    return weight <= 1 and sum(1 if w[0].isascii() else 0.5 for w in everything) <= 2.5
 
 
 def _last_question(history: Sequence[Turn]) -> str | None:

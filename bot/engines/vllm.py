@@ -19,6 +19,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -365,6 +366,7 @@ class VllmEngine:
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()  # a tokenizer keeps state while it encodes ("Already borrowed")
         self._outlets: dict[asyncio.Task[Any], _Outlet] = {}  # of requests under way; touched on the engine's thread
+        self._not_ours: set[int | None] = set()  # child processes that were there before our start
         self._figures = _Figures()
         self._progress_at = time.monotonic()  # when vLLM last gave a token, or had nothing to do
         self._reply_s = 5.0  # running mean of how long a reply takes, for retry_after_s
@@ -380,6 +382,7 @@ class VllmEngine:
         """
         assert self._thread is None, "an engine is started once"
         self._phase = EngineState(False, "starting", "importing vLLM")
+        self._not_ours = {child.pid for child in multiprocessing.active_children()}
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -391,9 +394,9 @@ class VllmEngine:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it ended by itself meanwhile
                 self._loop.call_soon_threadsafe(lambda: None)  # wake it
-        if self._llm is None:
-            self._kill_children()  # still loading, which cannot be interrupted: let it fail
         if self._thread is not None:
+            if self._llm is None:
+                self._kill_children()  # still loading, which cannot be interrupted: let it fail
             await asyncio.to_thread(self._thread.join)
         self._phase = EngineState(False, "stopped")
 
@@ -467,10 +470,9 @@ class VllmEngine:
         return [p.pid for p in getattr(manager, "processes", ()) if p.pid is not None and p.is_alive()]
 
     def _kill_children(self) -> None:
-        import multiprocessing
-
+        """Kill the engine core that was started since our own start began; not another engine's."""
         for child in multiprocessing.active_children():
-            if child.name.startswith("EngineCore") and child.pid is not None:
+            if child.name.startswith("EngineCore") and child.pid not in self._not_ours and child.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
 

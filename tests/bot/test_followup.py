@@ -27,7 +27,7 @@ def test_a_message_is_split_into_its_questions(text: str, parts: list[str]) -> N
 @pytest.mark.parametrize(
     ("before", "now", "standalone"),
     [
-        ("How much is shipping to Japan?", "And to Germany?", "How much is shipping to Japan to Germany"),
+        ("How much is shipping to Japan?", "And to Germany?", "How much is shipping to Germany"),
         ("运费多少？", "那大件呢？", "运费多少 大件"),
         ("Do you sell the oak lamp?", "how much is it?", "Do you sell the oak lamp how much is it"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -302,6 +303,23 @@ class TestErrors:
 def some_model(folder: Path) -> Path:
     (folder / "config.json").write_text('{"max_position_embeddings": 2048}')
     return folder
+
+
+@needs_vllm
+@pytest.mark.timeout(300)
+async def test_closing_an_engine_while_it_loads_ends_its_core_and_no_other(engine: VllmEngine) -> None:
+    (neighbour,) = engine.processes()
+    other = VllmEngine(engine.model_dir, "other", engine.profile)
+    start = asyncio.create_task(other.start())
+    while len(multiprocessing.active_children()) < 2:
+        assert not start.done()
+        await asyncio.sleep(0.05)
+    await other.close()
+    with pytest.raises(EngineFailed):
+        await start
+    assert engine.processes() == [neighbour]
+    assert [child.pid for child in multiprocessing.active_children()] == [neighbour]
+    assert text_of(await read(engine, HELLO)) == REPLY
 
 
 class TestOutlet:
