@@ -26,7 +26,12 @@ serve: install  ## the server on http://127.0.0.1:8000  [PORT= HOST= STORE= ENGI
 	@exec $(RUN) serve.py --host $(HOST) --port $(PORT) --engine $(ENGINE) \
 	  $(if $(STORE),--store $(STORE)) $(if $(MODEL),--model $(MODEL))
 
-install: $(call stamp,$(ENVIRONMENT))  ## the environment the server needs, from the lock
+install: $(call stamp,$(ENVIRONMENT)) demo  ## the environment the server needs, from the lock
+
+# The demo store's promotions, dated from today.
+.PHONY: demo
+demo: $(VENV)/bin/python
+	@$(RUN) -m bot.demo
 
 $(VENV)/bin/python:
 	@echo "== creating $(VENV)"
@@ -66,7 +71,7 @@ system:
 	    chromium fonts-noto-cjk libtcmalloc-minimal4; } >/dev/null || echo "   not possible; browser tests will be skipped"; \
 	fi
 
-test: system $(call stamp,cpu) $(call stamp,dev)  ## everything CI runs
+test: system $(call stamp,cpu) $(call stamp,dev) demo  ## everything CI runs
 	@echo "== models for the tests (kept in the per-user cache)"
 	@$(RUN) -m bot models fetch smollm2-135m-instruct
 	@$(RUN) -m bot models fetch

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Collection
@@ -20,6 +21,7 @@ from typing import Any
 
 from bot.answer import Answerer, Rules
 from bot.conversations import ConversationHub
+from bot.demo import ZONE as DEMO_ZONE
 from bot.demo import date_promotions, demo_store
 from bot.engine import Engine
 from bot.errors import BotError, MerchantError
@@ -143,10 +145,13 @@ def build_parts(settings: Settings) -> Parts:
     Raises:
         MerchantError: a setting or store.toml that cannot be used.
     """
-    is_demo = settings.store is None
     data = settings.data_dir()
     data.mkdir(parents=True, exist_ok=True)
     store_dir = demo_store(data / "demo") if settings.store is None else settings.store
+    # A store whose promotions are given by day offsets, as the demo store's are.
+    is_demo = (store_dir / "promotions.rules.csv").exists() and os.access(store_dir, os.W_OK)
+    if is_demo:
+        date_promotions(store_dir, datetime.now(DEMO_ZONE).date())
     profile = load_store_profile(store_dir)
     retriever = LateRetriever(store_dir, settings)
     engine = build_engine(settings)
@@ -166,7 +171,7 @@ def build_parts(settings: Settings) -> Parts:
         # A demo that runs past midnight keeps promotions that are on today.
         while True:
             await asyncio.sleep(600)
-            await asyncio.to_thread(date_promotions, store_dir, datetime.now(profile.timezone).date())
+            await asyncio.to_thread(date_promotions, store_dir, datetime.now(DEMO_ZONE).date())
 
     async def warm() -> None:
         # What every prompt begins with is computed before a visitor waits for it: with each new engine (after a

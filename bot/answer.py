@@ -301,7 +301,7 @@ class Answerer:
         alone = self.retriever.search(query.text, k, now=now, lang=language)
         if not query.elliptical:
             return alone
-        # What it refers to ranks, what is new in it decides: "and to Germany?" after a question about Japan must not get
+        # What it refers to ranks, what is new in it decides: "and to Germany?" after one about Japan must not get
         # Japan's answer again. Confidences of two questions in one string come out low, hence the factor.
         completed = self.retriever.search(query.standalone, 2 * k, now=now, lang=language)
         support = {hit.passage.id: hit.confidence for hit in alone}
@@ -323,10 +323,10 @@ class Answerer:
 
     def _in_context(self, query: Query, history: Sequence[Turn], language: Language, now: datetime) -> Query:
         """
-        Return `query`, completed from the turn before where it finds nothing by itself ("放久了会作废不" on gift cards).
+        Return `query`, completed from the turn before where it finds nothing by itself ("放久了会作废不", of cards).
 
-        Only if that finds something which did not answer the turn before; else any new subject would be pulled back to
-        the old one.
+        Only if that finds something which did not answer the turn before; else any new subject would be pulled back
+        to the old one.
         """
         if query.elliptical or not history or len(query.text) > 60:
             return query

@@ -132,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "Search a store's knowledge, or measure how well it is found."
     parser = _Parser(prog="python -m retrieval", description=about)
     commands = parser.add_subparsers(required=True, metavar="search|eval|calibrate", parser_class=_Parser)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zhanggui" / "retrieval"
+    # The server's own (bot/settings.py), so that neither embeds what the other has embedded.
+    above = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("ZHANGGUI_CACHE") or (Path(above) if above else Path.home() / ".cache") / "zhanggui"
+    default_cache = Path(base) / "index"
 
     search = commands.add_parser("search", help="hits for one question, best first")
     search.add_argument("text", metavar="TEXT")
