@@ -70,7 +70,7 @@ _OTHERS_DATA = [
 # "Can you send it to my friend's address?", "用我老婆的账号下单": their data goes in, nothing comes out.
 _PRESENT = re.compile(
     r"\b(?:send|ship|deliver|gift|mail|post)\w*\b[^.?!\n]{0,40}\bto\b|\b(?:use|with)\b[^.?!\n]{0,10}\bmy (?:wife|husband)|"
-    r"(?:寄|送|配送)(?:到|去|给|往)|代(?:买|付|收)|下单|收(?:件|货)",
+    r"(?:寄|送|配送)(?:到|去|给|往)|代(?:买|付|收)|下单|收(?:件|货)人",
     re.IGNORECASE,
 )
 
