@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
         bad_input = isinstance(exc, MerchantError)
         print(f"{'error' if bad_input else 'failed'}: {exc}", file=sys.stderr)
         return 2 if bad_input else 1
+    except ModuleNotFoundError as exc:
+        # The environment without a model (ENGINE=none) lists and shows, but cannot convert or reach a hub.
+        print(f"error: the package {exc.name} is not installed; `make install` brings it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 1

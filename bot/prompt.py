@@ -24,7 +24,7 @@ stand there. If the passages do not answer the question, say that you do not kno
 Answer in the language of the question.
 你是{name_zh}的客服助手。只根据最后一条消息里的资料回答，价格、日期、优惠码和条件照抄原文；资料里没有的就说不知道。回答一到三句话，用提问的语言。{promotions}"""
 
-# The question comes last and bare: behind "Visitor's question: …" the untuned 0.5B model repeats that line as its answer
+# The question comes last and bare: behind "Visitor's question: …" the untuned 0.5B repeats that line as its answer
 # in every second reply (docs/experiments.md).
 _ASK: dict[Language, str] = {
     "zh": "资料：\n{passages}\n\n请根据以上资料，用中文简短回答：{question}",
