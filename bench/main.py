@@ -20,9 +20,12 @@ def main() -> int:
 
     model = resolve_model(load_catalog().default_name, default_cache_dir())
     prompts = HERE / "results" / "prompts.jsonl"
+    short = HERE / "results" / "engines-short.json"
     commands = [
         ["prompts.py", "--out", str(prompts)],
-        ["engines.py", "--model", str(model), "--prompts", str(prompts)],
+        # Questions that quote a policy at length, and the cases' own, whose short replies measure prefill.
+        ["engines.py", "--model", str(model)],
+        ["engines.py", "--model", str(model), "--prompts", str(prompts), "--out", str(short)],
         ["chat.py"],
     ]
     for command in commands:
