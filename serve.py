@@ -28,7 +28,7 @@ from bot.errors import BotError, MerchantError
 from bot.metrics import Metrics
 from bot.prompt import render_prompt
 from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
-from bot.settings import Settings, StoreProfile, load_store_profile
+from bot.settings import Settings, load_store_profile
 from bot.storage import Storage
 from retrieval.bilingual import default_embedder
 from retrieval.errors import BadStore, RetrievalError
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         parts = build_parts(settings)
         app = create_app(parts)
         shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
-        print(f"Zhanggui 掌柜: {_name(parts.store)} at http://{shown}:{settings.port}", flush=True)
+        print(f"Zhanggui 掌柜: {parts.store.name} at http://{shown}:{settings.port}", flush=True)
         run(
             app,
             settings.host,
@@ -273,10 +273,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     return 0
-
-
-def _name(store: StoreProfile) -> str:
-    return store.name
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Knows what was asked, what is relevant and what came back; knows not how it was 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from retrieval.embedder import Embedder, Progress, VectorCache
 from retrieval.errors import BadStore, Fault
 from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
+from retrieval.load import json_lines
 from retrieval.passages import Passage
 
 DEPTH = 10
@@ -54,14 +54,7 @@ def load_questions(path: Path) -> list[Question]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise BadStore([Fault(path.name, None, None, f"cannot be read ({exc}); give a UTF-8 file")]) from exc
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as exc:
-            faults.append(Fault(path.name, number, None, f"not JSON ({exc}); one object a line"))
-            continue
+    for number, entry in json_lines(lines, path.name, faults):
         text = entry.get("text") if isinstance(entry, dict) else None
         relevant = entry.get("relevant") if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip():

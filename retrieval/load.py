@@ -15,7 +15,7 @@ import io
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
@@ -611,6 +611,19 @@ def _parts(body: str) -> list[str]:
     return parts
 
 
+def json_lines(lines: Sequence[str], name: str, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, value) of JSONL; blank lines are left out, lines that are no JSON go to `faults`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as exc:
+            faults.append(Fault(name, number, None, f"not JSON ({exc}); one object a line"))
+            continue
+        yield number, value
+
+
 def _knowledge(path: Path, name: str, zone: tzinfo, faults: list[Fault]) -> list[Passage]:
     text = _read_text(path, name, faults)
     found: list[Passage] = []
@@ -620,14 +633,7 @@ def _knowledge(path: Path, name: str, zone: tzinfo, faults: list[Fault]) -> list
     if len(lines) > MAX_ROWS + 1:
         faults.append(Fault(name, None, None, f"more than {MAX_ROWS:,} lines; split the file"))
         return found
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as exc:
-            faults.append(Fault(name, number, None, f"not JSON ({exc}); one object a line"))
-            continue
+    for number, entry in json_lines(lines, name, faults):
         if not isinstance(entry, dict):
             faults.append(Fault(name, number, None, 'not a JSON object; write {"id": …, "text": …}'))
             continue
