@@ -93,11 +93,12 @@ bench: $(call stamp,cpu) $(call stamp,dev)  ## the benchmark tables, to bench/re
 
 docs: $(call stamp,core)  ## the generated pages
 	$(RUN) -m bot settings > docs/settings.md
+	$(RUN) -m bot schemas docs
 
 lock: $(VENV)/bin/python  ## resolve the exact pins anew
 	$(RUN) requirements/make_lock.py cpu cpu
 	$(RUN) requirements/make_lock.py core
-	$(RUN) requirements/make_lock.py dev cpu dev
+	$(RUN) requirements/make_lock.py dev cpu dev train
 	$(RUN) requirements/make_lock.py cuda cuda
 
 wheel: $(VENV)/bin/python  ## dist/zhanggui-*.whl

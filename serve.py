@@ -14,26 +14,34 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bot.agents.accounts import Accounts
+from bot.agents.desk import Desk, DeskRules
+from bot.agents.faq_file import FaqFile
+from bot.agents.records import Records
 from bot.answer import Answerer, Rules
+from bot.attachments import AttachmentStore
 from bot.conversations import ConversationHub
 from bot.demo import ZONE as DEMO_ZONE
 from bot.demo import date_promotions, demo_store
 from bot.engine import Engine
 from bot.errors import BotError, MerchantError
+from bot.identity import Identities
+from bot.messages import Event
 from bot.metrics import Metrics
 from bot.prompt import render_prompt
 from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
-from bot.settings import Settings, load_store_profile
+from bot.settings import Settings, load_store_profile, secret_of
 from bot.storage import Storage
-from retrieval.bilingual import default_embedder
+from bot.uploads import sweep_unused
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.passages import Hit, Passage
 from retrieval.retriever import LiveRetriever
+from retrieval.settings import load_settings
 
 logger = logging.getLogger("zhanggui")
 
@@ -45,6 +53,7 @@ class LateRetriever:
         self._store_dir, self._settings = store_dir, settings
         self._live: LiveRetriever | None = None
         self._detail = "waiting to be built"
+        self._stopping = False
 
     async def build(self) -> None:
         """Build or load the index, then keep it up with the files until cancelled."""
@@ -67,16 +76,28 @@ class LateRetriever:
             logger.info("index ready: %d passages, version %s", status.n_passages, status.version)
             await asyncio.Event().wait()
         finally:
+            self._stopping = True  # a thread cannot be cancelled; it looks here after each batch
             if self._live is not None:
                 self._live.close()
 
     def _open(self) -> LiveRetriever:
         self._detail = "loading the embedder"
-        embedder = default_embedder(self._settings.embedder_threads)
+        settings = self._settings
+        chosen = load_settings(
+            self._store_dir,
+            embedder=settings.embedder,
+            embedder_url=settings.embedder_url,
+            embedder_api_key=secret_of(settings.embedder_api_key),
+            vectors=settings.vectors,
+            vectors_url=secret_of(settings.vectors_url),
+        )
+        embedder = chosen.open_embedder(settings.embedder_threads)
         began = shown = time.monotonic()
 
         def progress(n_done: int, n_total: int) -> None:
             nonlocal shown
+            if self._stopping:
+                raise RetrievalError("the server stops")
             now = time.monotonic()
             left = (now - began) / max(n_done, 1) * (n_total - n_done)
             self._detail = f"embedding {n_done} of {n_total} texts, about {left:.0f} s left"
@@ -84,16 +105,17 @@ class LateRetriever:
                 shown = now
                 logger.info("index: %s", self._detail)
 
-        return LiveRetriever(self._store_dir, embedder, self._settings.cache_dir() / "index", progress=progress)
+        cache = settings.cache_dir() / "index"
+        return LiveRetriever(self._store_dir, embedder, cache, progress=progress, vectors=chosen.open_vectors())
 
     def index_status(self) -> IndexStatus:
         if self._live is None:
             return IndexStatus(False, detail=self._detail)
         status = self._live.status()
-        detail = (
-            f"{len(status.faults)} faults in the store's files; an older version is served" if status.faults else ""
+        faults = (
+            [f"{len(status.faults)} faults in the store's files; an older version is served"] if status.faults else []
         )
-        return IndexStatus(True, status.version, status.n_passages, detail)
+        return IndexStatus(True, status.version, status.n_passages, "; ".join([*faults, *status.notes]))
 
     def _ready(self) -> LiveRetriever:
         if self._live is None:
@@ -165,7 +187,33 @@ def build_parts(settings: Settings) -> Parts:
     answerer = Answerer(retriever=retriever, engine=engine, profile=profile, rules=rules)
     storage = Storage(settings.database())
     metrics = Metrics()
-    hub = ConversationHub(storage, answerer, recorder=metrics)
+    hub = ConversationHub(storage, answerer, recorder=metrics, policy=profile.handoff)
+    records = Records(storage)
+    desk = Desk(
+        hub=hub,
+        records=records,
+        accounts=Accounts(records, session_h=settings.agent_session_h),
+        answerer=answerer,
+        engine=engine,
+        store=profile,
+        recorder=metrics,
+        faq_file=FaqFile(store_dir),
+        rules=DeskRules(agent_gone_s=settings.agent_gone_s, conversations_per_agent=settings.conversations_per_agent),
+    )
+
+    attachments = AttachmentStore(data / "attachments")
+
+    async def events_of(conversation: str) -> Sequence[Event]:
+        await storage.get(conversation)
+        return await storage.events(conversation)
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(3600)
+            try:
+                await sweep_unused(attachments, events_of)
+            except (BotError, OSError) as exc:
+                logger.warning("unused attachments were not removed: %s", exc)
 
     async def keep_dated() -> None:
         # A demo that runs past midnight keeps promotions that are on today.
@@ -203,12 +251,16 @@ def build_parts(settings: Settings) -> Parts:
         metrics=metrics,
         web_dir=Path(__file__).resolve().parent / "bot" / "web",
         store_dir=store_dir,
+        attachments=attachments,
+        desk=desk,
+        identities=Identities(secret_of(settings.identity_secret)),
+        api_key=secret_of(settings.api_key),
         limits=ServerLimits(
             allowed_origins=settings.allowed_origins,
             asks_per_minute=settings.asks_per_minute,
             sockets_per_address=settings.sockets_per_address,
         ),
-        jobs=(retriever.build, warm, *((keep_dated,) if is_demo else ())),
+        jobs=(retriever.build, warm, sweep, *((keep_dated,) if is_demo else ())),
     )
 
 

@@ -27,6 +27,7 @@ def main() -> int:
         ["engines.py", "--model", str(model)],
         ["engines.py", "--model", str(model), "--prompts", str(prompts), "--out", str(short)],
         ["chat.py"],
+        ["index.py"],
     ]
     for command in commands:
         print(f"== {command[0]}", flush=True)

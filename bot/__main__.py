@@ -1,4 +1,4 @@
-"""`python -m bot ask|chat|eval|bench|models|settings`: clients of a running server, and the model catalog."""
+"""`python -m bot ask|chat|eval|bench|agents|models|settings|schemas`: clients of a server, accounts, models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bot import catalog_cli
+from bot import agents_cli, catalog_cli
+from bot.asyncapi import documents
 from bot.bench import bench
 from bot.client import connect
 from bot.errors import BotError, MerchantError
@@ -40,15 +41,25 @@ def main(argv: list[str] | None = None) -> int:
     for command in (ask, chat):
         command.add_argument("--locale", help="zh-CN, en, …: the language where the text does not show it")
 
+    agents_cli.add_parser(commands)
     catalog_cli.add_parser(commands)
     commands.add_parser("settings", help="print docs/settings.md")
+    schemas = commands.add_parser("schemas", help="write asyncapi.json and schemas/*.json, made from the frames")
+    schemas.add_argument("folder", type=Path)
 
     args = parser.parse_args(argv)
     try:
+        if args.command == "agents":
+            return agents_cli.run(args)
         if args.command == "models":
             return catalog_cli.run(args)
         if args.command == "settings":
             print(settings_markdown(), end="")
+            return 0
+        if args.command == "schemas":
+            for path, text in documents().items():
+                (args.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (args.folder / path).write_text(text, encoding="utf-8")
             return 0
         return asyncio.run(_COMMANDS[args.command](args))
     except MerchantError as exc:

@@ -201,14 +201,15 @@ class Answerer:
     def _without_search(self, question: str, language: Language) -> Reply | None:
         """Return the reply to what is no question about the store: attacks, calls for a human, courtesies."""
         say = PHRASES[language]
+        if not question.strip():  # the visitor sent nothing but files
+            return self._reply(_Draft(language, [say.only_files], outcomes=["no_answer"]))
         if (danger := danger_of(question)) is not None:
             text = say.refused_injection if danger == "injection" else say.refused_others_data
             return self._reply(_Draft(language, [text], outcomes=["refused"]))
-        if (trigger := handoff_trigger(question)) is not None:
-            text = (say.handoff_asked if trigger == "asked" else say.handoff_anger).format(
-                hours=self._hours(language), contact=self._contact(language)
-            )
-            return self._reply(_Draft(language, [text], outcomes=["handoff"]))
+        if (trigger := handoff_trigger(question, self.profile.handoff)) is not None:
+            said = {"asked": say.handoff_asked, "anger": say.handoff_anger}.get(trigger, say.handoff_rule)
+            text = said.format(hours=self._hours(language), contact=self._contact(language))
+            return replace(self._reply(_Draft(language, [text], outcomes=["handoff"])), handoff=trigger)
         if (courtesy := courtesy_of(question)) is not None:
             text = self.profile.greeting[language] if courtesy == "greeting" else say.courtesies[courtesy]
             replies = self.profile.quick_replies.get(language, ()) if courtesy == "greeting" else ()

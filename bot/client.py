@@ -6,7 +6,8 @@ An asyncio client of the WebSocket protocol: for the command line, load runs, te
         print(event["text"], event["outcome"])
 
 Knows frames and how to come back after a lost connection (`hello` with `after`, open questions sent again with
-their id). Does not know the server's code: only `bot.wire`'s numbers and `bot.errors`.
+their id, the pause that a restarting server asks for). Does not know the server's code: only `bot.wire`'s numbers and
+`bot.errors`. `bot/web/client.js` behaves the same; tests/clients.json holds both to it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import json
 import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+import httpx
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_socket
 from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketException
@@ -38,6 +41,7 @@ Frame = dict[str, Any]
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
+FINAL_CODES = {1008, 1009}  # what this client said is not wanted: saying it again helps nobody
 
 
 class RequestFailed(BotError):
@@ -72,7 +76,9 @@ class ConnectionLost(BotError):
 class _Turn:
     id: str
     text: str
+    attachments: tuple[str, ...] = ()
     n_failed: int = 0
+    acknowledged: bool = False  # since it was sent last: stored
     frames: asyncio.Queue[Frame | BotError] = field(default_factory=asyncio.Queue)
 
 
@@ -83,6 +89,7 @@ def connect(
     token: str | None = None,
     after: int | None = None,
     locale: str | None = None,
+    identity: str | None = None,
     n_retries: int = 0,
     open_timeout_s: float = 10.0,
     give_up_s: float = 60.0,
@@ -94,10 +101,11 @@ def connect(
         url: ws:// or wss://, with the path: ws://127.0.0.1:8000/ws.
         conversation, token, after: of an earlier client, to go on where it ended.
         locale: BCP 47; the language of greetings, and of replies to questions whose language does not show.
+        identity: signed by the store's backend; see docs/protocol.md.
         n_retries: how often a question is sent again, with the same id, after a failure that says it is retryable.
         give_up_s: how long to try to come back after a lost connection.
     """
-    return Client(url, conversation, token, after, locale, n_retries, open_timeout_s, give_up_s)
+    return Client(url, conversation, token, after, locale, identity, n_retries, open_timeout_s, give_up_s)
 
 
 class Client:
@@ -115,6 +123,7 @@ class Client:
         token: str | None,
         after: int | None,
         locale: str | None,
+        identity: str | None,
         n_retries: int,
         open_timeout_s: float,
         give_up_s: float,
@@ -126,6 +135,10 @@ class Client:
         self.welcome: Frame = {}  # the latest
         self.events: list[Frame] = []  # every event seen, in order, each once
         self.n_connections = 0
+        self.restarting = False  # the server said that it restarts, and is not back yet
+        self._identity = identity
+        self._hold_s: float | None = None  # the server asked to wait this long before coming back
+        self._groups: dict[str, list[str]] = {}  # last turn -> all turns that its reply answers
         self._resume_from_start = after is not None
         self._locale = locale
         self._n_retries = n_retries
@@ -165,28 +178,35 @@ class Client:
 
     # Asking
 
-    async def ask(self, text: str, *, id: str | None = None) -> Frame:
+    async def ask(self, text: str, *, id: str | None = None, attachments: Sequence[str] = ()) -> Frame:
         """
         Ask, and return the `event` frame of the reply.
+
+        Messages sent quickly one after the other may all get the same reply: its `turns` names them.
+
+        Args:
+            attachments: ids that `attach` gave; with some, `text` may be empty.
 
         Raises:
             RequestFailed: the server refused the question, or the reply failed; `retryable` says if to try again.
             ConnectionLost: the connection was lost and did not come back.
         """
         last: Frame = {}
-        async with aclosing(self.stream(text, id=id)) as frames:
+        async with aclosing(self.stream(text, id=id, attachments=attachments)) as frames:
             async for frame in frames:
                 last = frame
         return last
 
-    async def stream(self, text: str, *, id: str | None = None) -> AsyncGenerator[Frame, None]:
+    async def stream(
+        self, text: str, *, id: str | None = None, attachments: Sequence[str] = ()
+    ) -> AsyncGenerator[Frame, None]:
         """
         Ask, and yield `status`, `delta` and `partial` frames as they come; last the reply's `event`.
 
         A `partial` (after a lost connection) replaces the deltas before it. Closing the generator early stops the
         reply. Raises as `ask`.
         """
-        turn = _Turn(id or uuid.uuid4().hex, text)
+        turn = _Turn(id or uuid.uuid4().hex, text, tuple(attachments))
         self._turns[turn.id] = turn
         over = False
         try:
@@ -204,6 +224,32 @@ class Client:
             self._turns.pop(turn.id, None)
             if not over:
                 await self.send("stop", turn=turn.id)
+
+    async def attach(self, file: bytes | Path, name: str = "") -> Frame:
+        """
+        Upload a picture or a PDF, and return what the server says of it: {id, kind, mime, name, size_bytes, …}.
+
+        Raises:
+            RequestFailed: it was refused: too long, of another type, too many.
+            ConnectionLost: the server could not be reached.
+        """
+        parts = urlsplit(self.url)
+        scheme = {"wss": "https"}.get(parts.scheme, "http")
+        path = parts.path.rpartition("/")[0]
+        url = f"{scheme}://{parts.netloc}{path}/v1/conversations/{self.conversation}/attachments"
+        if isinstance(file, Path):
+            name = name or file.name
+            file = await asyncio.to_thread(file.read_bytes)
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/octet-stream"}
+        try:
+            async with httpx.AsyncClient(trust_env=not self._is_local, timeout=60.0) as http:
+                response = await http.post(f"{url}?name={quote(name)}", content=file, headers=headers)
+                said: Frame = response.json()
+        except (httpx.HTTPError, ValueError) as exc:
+            raise ConnectionLost(url, str(exc) or type(exc).__name__) from exc
+        if response.status_code != 201:
+            raise RequestFailed(said.get("error", {}))
+        return said
 
     async def send(self, type_: str, **fields: Any) -> None:
         """Send one frame if connected; whether it arrived is not known (questions: use `ask`)."""
@@ -237,9 +283,10 @@ class Client:
                     self.n_connections += 1
                     if not opened.done():
                         opened.set_result(None)
-                    # Those acknowledged too: their `failed` frame may have been lost with the connection.
+                    # Those acknowledged are the server's: on joining it tells of replies, and of failed ones.
                     for turn in list(self._turns.values()):
-                        await self._send_ask(turn)
+                        if not turn.acknowledged:
+                            await self._send_ask(turn)
                     async for message in socket:
                         lost_at, delay_s = clock(), FIRST_DELAY_S  # it works: start counting anew
                         self._take(json.loads(message))
@@ -251,7 +298,12 @@ class Client:
                 if not exc.retryable:
                     self._end(opened, exc)
                     return
+                reason, self._hold_s = str(exc), exc.retry_after_s
+            except ConnectionClosed as exc:
                 reason = str(exc)
+                if exc.rcvd is not None and exc.rcvd.code in FINAL_CODES:
+                    self._end(opened, ConnectionLost(self.url, reason))
+                    return
             except InvalidURI as exc:
                 self._end(opened, ConnectionLost(self.url, str(exc)))
                 return
@@ -260,22 +312,26 @@ class Client:
             if not opened.done() or clock() - lost_at > self._give_up_s:
                 self._end(opened, ConnectionLost(self.url, reason))
                 return
-            # Full jitter: after a restart all clients come back at once otherwise.
-            await asyncio.sleep(random.uniform(delay_s / 2, delay_s))
+            # Half of it at random: after a crash all clients come back at once otherwise.
+            hold_s, self._hold_s = self._hold_s, None
+            await asyncio.sleep(random.uniform(delay_s / 2, delay_s) if hold_s is None else hold_s)
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
 
     async def _open(self) -> ClientConnection:
-        host = urlsplit(self.url).hostname or ""
-        local = host == "localhost" or is_loopback(host)
         return await open_socket(
             self.url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             compression=None,
-            proxy=None if local else True,  # a proxy of the environment cannot reach this machine
+            proxy=None if self._is_local else True,  # a proxy of the environment cannot reach this machine
             open_timeout=None,
             close_timeout=2.0,
             max_size=1 << 20,
         )
+
+    @property
+    def _is_local(self) -> bool:
+        host = urlsplit(self.url).hostname or ""
+        return host == "localhost" or is_loopback(host)
 
     async def _hello(self, socket: ClientConnection) -> None:
         resuming = self.conversation is not None
@@ -288,12 +344,17 @@ class Client:
                 token=self.token,
                 after=after,
                 locale=self._locale,
+                identity=self._identity,
             )
         )
         frame = json.loads(await socket.recv())
+        while frame["type"] == "failed" and frame.get("code") == "bad_identity":
+            logger.warning("the server did not accept the identity: %s", frame.get("message"))
+            self._identity = None  # it goes on unsigned
+            frame = json.loads(await socket.recv())
         if frame["type"] == "failed":
             raise RequestFailed(frame)
-        self.welcome = frame
+        self.welcome, self.restarting = frame, False
         self.conversation, self.token = frame["conversation"], frame["token"]
         if after is None:
             self.seq = frame["seq"]
@@ -305,29 +366,44 @@ class Client:
             turn.frames.put_nowait(error)
 
     async def _send_ask(self, turn: _Turn) -> None:
-        await self.send("ask", id=turn.id, text=turn.text)
+        turn.acknowledged = False
+        await self.send("ask", id=turn.id, text=turn.text, attachments=list(turn.attachments) or None)
 
     # Frames
 
     def _take(self, frame: Frame) -> None:
         type_ = frame["type"]
-        turn = self._turns.get(frame.get("turn") or frame.get("id") or "")
+        if type_ == "reconnect":
+            self.restarting, self._hold_s = True, frame["after_ms"] / 1000
+            return
+        if type_ == "failed" and frame.get("code") == "restarting":
+            return  # not stored; it is sent again after the next welcome
+        id_ = frame.get("turn") or frame.get("id") or ""
+        if "turns" in frame:  # several messages get one reply, and all who wait for it hear of it
+            self._groups[id_] = frame["turns"]
+        turns = [self._turns[each] for each in self._groups.get(id_, (id_,)) if each in self._turns]
         if type_ == "event":
             if frame["seq"] <= self.seq:
                 return
-            if frame["seq"] != self.seq + 1:
-                logger.warning("events %d to %d are missing", self.seq + 1, frame["seq"] - 1)
-            self.seq = frame["seq"]
+            self.seq = frame["seq"]  # numbers may be left out: agents' notes are not for visitors
             self.events.append(frame)
-            if turn is not None and frame.get("kind") == "message" and frame.get("role") != "visitor":
-                turn.frames.put_nowait(frame)
-        elif turn is None:
+            if frame.get("kind") == "message" and frame.get("role") != "visitor":
+                self._groups.pop(id_, None)
+                for turn in turns:
+                    turn.frames.put_nowait(frame)
+        elif not turns:
             if type_ == "failed":
                 logger.warning("the server refused a frame: %s", frame.get("message"))
         elif type_ == "failed":
-            self._failed(turn, RequestFailed(frame))
-        elif type_ != "ack":
-            turn.frames.put_nowait(frame)
+            for turn in turns:
+                # Before the acknowledgement it tells of an earlier try: the question is on its way again.
+                if turn.acknowledged or "turn" not in frame:
+                    self._failed(turn, RequestFailed(frame))
+        elif type_ == "ack":
+            turns[0].acknowledged = True
+        else:
+            for turn in turns:
+                turn.frames.put_nowait(frame)
 
     def _failed(self, turn: _Turn, error: RequestFailed) -> None:
         if not error.retryable or turn.n_failed >= self._n_retries:

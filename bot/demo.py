@@ -16,7 +16,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 ZONE = ZoneInfo("Asia/Shanghai")  # the demo store's, see its store.toml
-_COLUMNS = ("id", "title", "description", "code", "starts_at", "ends_at", "lang", "products", "conditions")
+_COLUMNS = ("id", "title", "description", "code", "starts_at", "ends_at", "lang", "products", "conditions", "repeats")
 
 
 def demo_store(copy_to: Path) -> Path:

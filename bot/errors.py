@@ -8,13 +8,23 @@ The errors a visitor or a merchant can cause or meet, and their wire codes.
     │   ├── UnknownConversation  unknown_conversation   (bad or missing secret, too)
     │   ├── Conflict             conflict               (same client id, other text)
     │   ├── ReplyInProgress      reply_in_progress
-    │   └── RateLimited          rate_limited           (retryable after `retry_after_s`)
+    │   ├── RateLimited          rate_limited           (retryable after `retry_after_s`)
+    │   ├── BadIdentity          bad_identity           (the store's signature does not hold; unsigned from here)
+    │   ├── NotAllowed           not_allowed            (this state does not allow it)
+    │   ├── Taken                taken                  (another agent has the conversation)
+    │   ├── NotYours             not_yours              (only its owner may)
+    │   ├── NotFound             not_found              (no such thing in the inbox)
+    │   ├── Unauthorized         unauthorized           (no session; BadCredentials: bad_credentials)
+    │   └── Forbidden            forbidden              (another role may)
     ├── ServerError            ours: a code and a plain sentence, never a traceback or a path
     │   ├── EngineBusy           busy                   (retryable after `retry_after_s`)
     │   ├── EngineNotReady       engine_not_ready       (still loading or restarting)
     │   ├── EngineFailed         engine_failed          (this reply is lost, the next may work)
     │   ├── EngineDead           engine_dead            (no reply will work until the restart)
-    │   └── StorageUnavailable   storage_unavailable    (nothing was stored, nothing acknowledged)
+    │   ├── StorageUnavailable   storage_unavailable    (nothing was stored, nothing acknowledged)
+    │   ├── StoreUnwritable      store_unwritable       (a file of the store folder; the merchant is told)
+    │   ├── Restarting           restarting             (nothing was stored; come back in a moment)
+    │   └── ReplyInterrupted     interrupted            (stored; a restart cut the reply, long ago)
     └── MerchantError          a file or setting of the store or the installation: exit status 2
 
 An error stores its facts and makes its sentence in `__str__`. Nothing here knows the web framework.
@@ -77,6 +87,12 @@ class ReplyInProgress(ClientError):
         return "too many questions are waiting for a reply in this conversation"
 
 
+class UnsupportedFile(ClientError):
+    """An attachment that is not of an allowed type, or damaged; its text says why."""
+
+    code = "unsupported_file"
+
+
 class RateLimited(ClientError):
     code = "rate_limited"
     retryable = True
@@ -87,6 +103,66 @@ class RateLimited(ClientError):
 
     def __str__(self) -> str:
         return f"too many messages; try again in {self.retry_after_s:.0f} s"
+
+
+class BadIdentity(ClientError):
+    code = "bad_identity"
+
+
+class NotAllowed(ClientError):
+    code = "not_allowed"
+
+    def __init__(self, state: str, action: str) -> None:
+        super().__init__(state, action)
+        self.state, self.action = state, action
+
+    def __str__(self) -> str:
+        return f"{self.action!r} is not possible in state {self.state!r}"
+
+
+class Taken(ClientError):
+    """Another agent was faster. `owner_id` is theirs."""
+
+    code = "taken"
+
+    def __init__(self, owner_id: str) -> None:
+        super().__init__(owner_id)
+        self.owner_id = owner_id
+
+    def __str__(self) -> str:
+        return "another agent has this conversation"
+
+
+class NotYours(ClientError):
+    code = "not_yours"
+
+    def __str__(self) -> str:
+        return "only the agent who has this conversation may do that"
+
+
+class NotFound(ClientError):
+    code = "not_found"
+
+
+class Unauthorized(ClientError):
+    code = "unauthorized"
+
+    def __str__(self) -> str:
+        return "sign in first"
+
+
+class BadCredentials(ClientError):
+    code = "bad_credentials"
+
+    def __str__(self) -> str:
+        return "there is no such account, or its password is another"
+
+
+class Forbidden(ClientError):
+    code = "forbidden"
+
+    def __str__(self) -> str:
+        return "your role does not allow that"
 
 
 class ServerError(BotError):
@@ -131,6 +207,27 @@ class StorageUnavailable(ServerError):
     code = "storage_unavailable"
     retryable = True
     retry_after_s = 5.0
+
+
+class Restarting(ServerError):
+    """The server stops; the next one takes questions again."""
+
+    code = "restarting"
+    retryable = True
+    retry_after_s = 3.0
+
+
+class ReplyInterrupted(ServerError):
+    """The question is stored, its reply was cut by a restart, and nobody makes it now: it can be asked for again."""
+
+    code = "interrupted"
+    retryable = True
+
+
+class StoreUnwritable(ServerError):
+    """A file of the store folder cannot be written; the text says which and why, for the merchant."""
+
+    code = "store_unwritable"
 
 
 class MerchantError(BotError):

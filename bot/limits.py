@@ -42,6 +42,10 @@ class RateLimit:
             raise RateLimited(max(1.0, hits[0] + self.window_s - now))
         hits.append(now)
 
+    def forget(self, key: str) -> None:
+        """Count the hits of `key` no longer."""
+        self._hits.pop(key, None)
+
 
 class Places:
     """At most `limit` places taken at once by a key."""
@@ -67,6 +71,8 @@ class Places:
 def is_loopback(address: str) -> bool:
     """Return whether `address` is this machine: the merchant's own tools, or a proxy that hides the visitors."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        ip = ipaddress.ip_address(address)
+        mapped = getattr(ip, "ipv4_mapped", None)  # an IPv4 client of a server that listens on "::"
+        return (mapped or ip).is_loopback
     except ValueError:
         return False

@@ -20,6 +20,7 @@ from bot.messages import Reply
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From an approved answer out of memory (milliseconds) to a generated one on a laptop's CPU.
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+LONG_S = (5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0, 14400.0)  # people's times
 
 
 class Metrics:
@@ -54,6 +55,17 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._handoffs = Counter("zhanggui_handoffs", "Humans asked for, by reason", ["reason"], registry=self.registry)
+        self._accept_lost = Counter(
+            "zhanggui_accept_conflicts", "Accepts that another agent was faster with", registry=self.registry
+        )
+        self._wait_s = Histogram(
+            "zhanggui_handoff_wait_seconds", "From asking for a human to one", buckets=LONG_S, registry=self.registry
+        )
+        self._handling_s = Histogram(
+            "zhanggui_handling_seconds", "From an agent's accept to the end", buckets=LONG_S, registry=self.registry
+        )
+
     def watch(self, prefix: str, figures: Callable[[], Mapping[str, float]]) -> None:
         """Report `figures()` as gauges named `zhanggui_<prefix>_<name>` on every scrape."""
         self.registry.register(_Figures(prefix, figures))
@@ -75,6 +87,20 @@ class Metrics:
 
     def reply_failed(self, code: str) -> None:
         self._reply_failures.labels(code).inc()
+
+    # Agents
+
+    def handed_over(self, reason: str) -> None:
+        self._handoffs.labels(reason).inc()
+
+    def accepted(self, wait_s: float) -> None:
+        self._wait_s.observe(wait_s)
+
+    def accept_lost(self) -> None:
+        self._accept_lost.inc()
+
+    def handled(self, handling_s: float) -> None:
+        self._handling_s.observe(handling_s)
 
     # Connections
 

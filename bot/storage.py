@@ -40,8 +40,23 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from bot.errors import Conflict, MerchantError, StorageUnavailable, UnknownConversation
-from bot.messages import Event, EventKind, State
+from bot.errors import (
+    ClientError,
+    Conflict,
+    MerchantError,
+    NotAllowed,
+    NotYours,
+    StorageUnavailable,
+    Taken,
+    UnknownConversation,
+)
+from bot.messages import Customer, Event, EventKind, State
+from bot.tables import agent_sends as _agent_sends
+from bot.tables import asks as _asks
+from bot.tables import conversations as _conversations
+from bot.tables import events as _events
+from bot.tables import handoffs as _handoffs
+from bot.tables import left_messages as _left_messages
 
 fcntl: ModuleType | None
 try:
@@ -54,56 +69,10 @@ logger = logging.getLogger(__name__)
 MIGRATIONS_DIR = Path(__file__).with_name("migrations")
 BUSY_TIMEOUT_MS = 5_000
 MAX_SEQ = 2**31 - 1
+MAX_LAST_CHARS = 200
 MAX_BATCH = 64  # operations in one commit; more gains nothing and makes the first one wait
 
 T = TypeVar("T")
-
-
-class _Utc(sa.TypeDecorator[datetime]):
-    """Aware datetimes, in and out; SQLite itself forgets the zone."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        if value is not None and value.tzinfo is None:
-            return value.replace(tzinfo=UTC)
-        return value
-
-
-_METADATA = sa.MetaData()
-
-_conversations = sa.Table(
-    "conversations",
-    _METADATA,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("token_hash", sa.String(64), nullable=False),
-    sa.Column("created_at", _Utc, nullable=False),
-    sa.Column("locale", sa.String(35)),
-    sa.Column("state", sa.String(16), nullable=False),
-)
-_events = sa.Table(
-    "events",
-    _METADATA,
-    sa.Column("conversation_id", sa.String(64), sa.ForeignKey("conversations.id"), primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("at", _Utc, nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("data", sa.JSON, nullable=False),
-)
-_asks = sa.Table(
-    "asks",
-    _METADATA,
-    sa.Column("conversation_id", sa.String(64), sa.ForeignKey("conversations.id"), primary_key=True),
-    sa.Column("client_id", sa.String(64), primary_key=True),
-    sa.Column("seq", sa.Integer, nullable=False),
-    sa.Column("text_hash", sa.String(64), nullable=False),
-    sa.Column("answered_seq", sa.Integer),
-    sa.Column("asked_at", _Utc),
-)
 
 
 # The statements of every question and reply, built once: building them took as long as running them.
@@ -115,7 +84,15 @@ _is_ask = sa.and_(_asks.c.conversation_id == sa.bindparam("c"), _asks.c.client_i
 _of_ask = sa.and_(_events.c.conversation_id == _asks.c.conversation_id, _events.c.seq == _asks.c.seq)
 _after = sa.and_(_events.c.conversation_id == sa.bindparam("c"), _events.c.seq > sa.bindparam("after"))
 
-_SELECT_HEAD = sa.select(_conversations.c.locale, _conversations.c.state, _last).where(_is_conversation)
+_SELECT_HEAD = sa.select(
+    _conversations.c.locale,
+    _conversations.c.state,
+    _conversations.c.owner,
+    _conversations.c.customer_id,
+    _conversations.c.customer_name,
+    _conversations.c.customer_email,
+    _last,
+).where(_is_conversation)
 _SELECT_HEAD_AND_ASK = (
     sa.select(_last, _asks.c.text_hash).select_from(_conversations.outerjoin(_asks, _is_ask)).where(_is_conversation)
 )
@@ -124,7 +101,58 @@ _SELECT_EVENTS = sa.select(_events).where(_after).order_by(_events.c.seq)
 _SELECT_LAST_EVENTS = sa.select(_events).where(_after).order_by(_events.c.seq.desc()).limit(sa.bindparam("last"))
 _INSERT_EVENT = sa.insert(_events)
 _INSERT_ASK = sa.insert(_asks)
-_SET_STATE = sa.update(_conversations).where(_is_conversation).values(state=sa.bindparam("new"))
+_SET_STATE = (
+    sa.update(_conversations)
+    .where(_is_conversation)
+    .values(
+        state=sa.bindparam("new"),
+        state_at=sa.bindparam("now"),
+        owner=sa.bindparam("agent"),
+        reason=sa.bindparam("why"),
+    )
+)
+# One statement decides who gets a conversation: of two at once one updates a row, the other none.
+_SWAP_STATE = (
+    sa.update(_conversations)
+    .where(
+        _is_conversation,
+        _conversations.c.state == sa.bindparam("old"),
+        _conversations.c.owner.is_not_distinct_from(sa.bindparam("old_owner")),
+    )
+    .values(state=sa.bindparam("new"), owner=sa.bindparam("new_owner"))
+)
+_SELECT_OWNER = sa.select(_conversations.c.state, _conversations.c.owner).where(_is_conversation)
+_SET_LAST = (
+    sa.update(_conversations)
+    .where(_is_conversation)
+    .values(last_at=sa.bindparam("now"), last_role=sa.bindparam("role"), last_text=sa.bindparam("text"))
+)
+_SET_LAST_AT = sa.update(_conversations).where(_is_conversation).values(last_at=sa.bindparam("now"))
+_SETTLE_ASKS = (
+    sa.update(_asks)
+    .where(_asks.c.conversation_id == sa.bindparam("c"), _asks.c.answered_seq.is_(None))
+    .values(answered_seq=sa.bindparam("new"))
+)
+_OPEN_HANDOFF = sa.and_(_handoffs.c.conversation_id == sa.bindparam("c"), _handoffs.c.ended_at.is_(None))
+_END_HANDOFF = (
+    sa.update(_handoffs).where(_OPEN_HANDOFF).values(ended_at=sa.bindparam("now"), ended_as=sa.bindparam("how"))
+)
+_ACCEPT_HANDOFF = (
+    sa.update(_handoffs).where(_OPEN_HANDOFF).values(accepted_at=sa.bindparam("now"), agent_id=sa.bindparam("agent"))
+)
+_INSERT_HANDOFF = sa.insert(_handoffs)
+_SELECT_SEND = (
+    sa.select(_agent_sends.c.text_hash, _events)
+    .join(
+        _events,
+        sa.and_(_events.c.conversation_id == _agent_sends.c.conversation_id, _events.c.seq == _agent_sends.c.seq),
+    )
+    .where(
+        _agent_sends.c.conversation_id == sa.bindparam("c"),
+        _agent_sends.c.agent_id == sa.bindparam("a"),
+        _agent_sends.c.client_id == sa.bindparam("i"),
+    )
+)
 _SET_ANSWERED = sa.update(_asks).where(_is_ask).values(answered_seq=sa.bindparam("new"))
 
 
@@ -136,6 +164,16 @@ class Conversation:
     locale: str | None
     state: State
     seq: int  # of the last event; 0 where there is none
+    owner: str | None = None  # id of the agent who has it, in state human
+    customer: Customer | None = None  # whom the store's backend signed for; None is nobody: no order data
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A stored message or note of an agent."""
+
+    event: Event
+    duplicate: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +228,19 @@ class Storage:
 
     # Opening and closing
 
-    async def open(self) -> None:
+    async def open(self, *, shared: bool = False) -> None:
         """
         Connect, bring the schema up to date, start writing.
+
+        Args:
+            shared: beside a running server: for a command that appends no events (accounts of agents).
 
         Raises:
             MerchantError: another process has the file open, or a newer version of this program wrote it.
             StorageUnavailable: the database cannot be reached.
         """
         if self._url.get_backend_name() == "sqlite":
-            self._lock_sqlite_file()
+            self._lock_sqlite_file(shared=shared)
         self._engine = create_async_engine(
             self._url,
             pool_pre_ping=self._url.get_backend_name() != "sqlite",
@@ -231,21 +272,30 @@ class Storage:
 
     async def ping(self) -> None:
         """Return if the database answers (for /readyz)."""
-        await self._read(sa.select(sa.literal(1)))
+        await self.read(sa.select(sa.literal(1)))
 
     # Conversations
 
-    async def create_conversation(self, locale: str | None) -> tuple[str, str]:
+    async def create_conversation(self, locale: str | None, customer: Customer | None = None) -> tuple[str, str]:
         """Return (id, token) of a new conversation. Only a hash of the token is stored: keep it, or lose it."""
         id_, token = f"c_{secrets.token_urlsafe(12)}", secrets.token_urlsafe(32)
         statement = sa.insert(_conversations).values(
-            id=id_, token_hash=_hash(token), created_at=datetime.now(UTC), locale=locale, state="bot"
+            id=id_,
+            token_hash=_hash(token),
+            created_at=(now := datetime.now(UTC)),
+            locale=locale,
+            state="bot",
+            state_at=now,
+            last_at=now,
+            customer_id=customer.id if customer else None,
+            customer_name=customer.name if customer else None,
+            customer_email=customer.email if customer else None,
         )
 
         async def operation(connection: AsyncConnection) -> None:
             await connection.execute(statement)
 
-        await self._write(operation)
+        await self.write(operation)
         return id_, token
 
     async def authenticate(self, conversation: str, token: str) -> None:
@@ -255,7 +305,7 @@ class Storage:
         Raises:
             UnknownConversation: no such conversation, or another token; which of the two is not said.
         """
-        rows = await self._read(sa.select(_conversations.c.token_hash).where(_conversations.c.id == conversation))
+        rows = await self.read(sa.select(_conversations.c.token_hash).where(_conversations.c.id == conversation))
         # An unknown id is compared as well, so that the time taken does not tell it from a wrong token.
         expected = rows[0].token_hash if rows else _hash("")
         if not hmac.compare_digest(expected, _hash(token)) or not rows:
@@ -263,10 +313,33 @@ class Storage:
 
     async def get(self, conversation: str) -> Conversation:
         """Return the head of `conversation`, or raise UnknownConversation."""
-        rows = await self._read(_SELECT_HEAD, {"c": conversation})
+        rows = await self.read(_SELECT_HEAD, {"c": conversation})
         if not rows:
             raise UnknownConversation
-        return Conversation(conversation, rows[0].locale, cast(State, rows[0].state), rows[0].last)
+        row = rows[0]
+        return Conversation(conversation, row.locale, cast(State, row.state), row.last, row.owner, _customer_of(row))
+
+    async def set_customer(self, conversation: str, customer: Customer) -> None:
+        """
+        Tie `conversation` to the customer the store signed for.
+
+        Raises:
+            UnknownConversation: there is none of this id, or it is another customer's.
+        """
+        statement = (
+            sa.update(_conversations)
+            .where(
+                _conversations.c.id == conversation,
+                sa.or_(_conversations.c.customer_id.is_(None), _conversations.c.customer_id == customer.id),
+            )
+            .values(customer_id=customer.id, customer_name=customer.name, customer_email=customer.email)
+        )
+
+        async def operation(connection: AsyncConnection) -> None:
+            if (await connection.execute(statement)).rowcount == 0:
+                raise UnknownConversation
+
+        await self.write(operation)
 
     # Events
 
@@ -275,7 +348,7 @@ class Storage:
         Store one event and return it with its sequence number.
 
         An event of kind `state` also sets the conversation's state; a message of a bot or an agent with a `turn`
-        also marks that question as answered.
+        also marks that question as answered, and one with `turns` all of those.
 
         Raises:
             UnknownConversation: there is none of this id.
@@ -286,32 +359,171 @@ class Storage:
         """Store several events, all or none, with consecutive sequence numbers; see `append`."""
 
         async def operation(connection: AsyncConnection) -> list[Event]:
-            seq = await _last_seq(connection, conversation)
-            events = []
-            for kind, data in entries:
-                seq += 1
-                events.append(await _insert_event(connection, conversation, seq, kind, data))
-            return events
+            return await _insert_all(connection, conversation, entries)
 
-        return await self._write(operation)
+        return await self.write(operation)
 
-    async def append_ask(self, conversation: str, client_id: str, text: str) -> Asked:
+    async def change(
+        self,
+        conversation: str,
+        entries: Sequence[tuple[EventKind, dict[str, Any]]],
+        *,
+        state: State,
+        owner: str | None,
+        new_owner: str | None,
+        settle: bool = False,
+    ) -> list[Event]:
         """
-        Store a visitor's question, once per `client_id`.
+        Store `entries`, the last state event of which moves the conversation from (`state`, `owner`) to its new state.
+
+        One statement compares and swaps: where somebody else was faster, nothing is stored.
+
+        Args:
+            settle: count the questions that have no reply as answered, so that the bot does not take them up later.
 
         Raises:
-            Conflict: the id was used before for another text; nothing was stored.
-            UnknownConversation: there is none of this id.
+            Taken: it is another agent's by now. NotAllowed: it is in another state. UnknownConversation.
+        """
+        new: State = next(data["state"] for kind, data in reversed(entries) if kind == "state")
+
+        async def operation(connection: AsyncConnection) -> list[Event]:
+            swap = {"c": conversation, "old": state, "old_owner": owner, "new": new, "new_owner": new_owner}
+            if (await connection.execute(_SWAP_STATE, swap)).rowcount == 0:
+                found = (await connection.execute(_SELECT_OWNER, {"c": conversation})).one_or_none()
+                if found is None:
+                    raise UnknownConversation
+                if found.owner is not None and found.owner != owner:
+                    raise Taken(found.owner)
+                raise NotAllowed(found.state, new)
+            events = await _insert_all(connection, conversation, entries)
+            if settle:
+                await connection.execute(_SETTLE_ASKS, {"c": conversation, "new": events[-1].seq})
+            return events
+
+        return await self.write(operation)
+
+    async def append_sent(
+        self,
+        conversation: str,
+        agent: str,
+        client_id: str,
+        kind: EventKind,
+        data: dict[str, Any],
+        *,
+        only_owner: bool,
+    ) -> Sent:
+        """
+        Store an agent's message or note, once per agent and `client_id`.
+
+        Raises:
+            Conflict: the id was used before for another text. NotYours: with `only_owner`, somebody else has the
+            conversation. UnknownConversation. Nothing was stored.
         """
 
-        async def operation(connection: AsyncConnection) -> Asked:
-            seq, text_hash = await _last_seq_and_ask(connection, conversation, client_id)
+        async def operation(connection: AsyncConnection) -> Sent:
+            row = (
+                await connection.execute(_SELECT_SEND, {"c": conversation, "a": agent, "i": client_id})
+            ).one_or_none()
+            if row is not None:
+                if row.text_hash != _hash(data["text"]):
+                    raise Conflict(client_id)
+                return Sent(_event(row), duplicate=True)
+            head = (await connection.execute(_SELECT_OWNER, {"c": conversation})).one_or_none()
+            if head is None:
+                raise UnknownConversation
+            if only_owner and (head.state != "human" or head.owner != agent):
+                raise NotYours
+            (event,) = await _insert_all(connection, conversation, [(kind, data)])
+            if kind == "message":  # whatever was asked before has its answer
+                await connection.execute(_SETTLE_ASKS, {"c": conversation, "new": event.seq})
+            await connection.execute(
+                sa.insert(_agent_sends).values(
+                    conversation_id=conversation,
+                    agent_id=agent,
+                    client_id=client_id,
+                    seq=event.seq,
+                    text_hash=_hash(data["text"]),
+                )
+            )
+            return Sent(event, duplicate=False)
+
+        return await self.write(operation)
+
+    async def append_left(
+        self, conversation: str, client_id: str, email: str, text: str, said: dict[str, Any]
+    ) -> tuple[Asked, list[Event]]:
+        """
+        Store a message left for later, once per `client_id`, and what the server says to it.
+
+        Returns:
+            the message (as a question that is answered: the bot is not asked), and all new events in order.
+
+        Raises:
+            Conflict, UnknownConversation: nothing was stored.
+        """
+
+        async def operation(connection: AsyncConnection) -> tuple[Asked, list[Event]]:
+            _, text_hash = await _last_seq_and_ask(connection, conversation, client_id)
             if text_hash is not None:
                 if text_hash != _hash(text):
                     raise Conflict(client_id)
                 row = (await connection.execute(_SELECT_ASK, {"c": conversation, "i": client_id})).one()
+                return Asked(_event(row), duplicate=True, answered=True), []
+            data = {"role": "visitor", "turn": client_id, "text": text, "left": True, "email": email}
+            events = await _insert_all(connection, conversation, [("message", data), ("message", said)])
+            seq, at = events[0].seq, events[0].at
+            await connection.execute(
+                _INSERT_ASK,
+                {
+                    "conversation_id": conversation,
+                    "client_id": client_id,
+                    "seq": seq,
+                    "text_hash": _hash(text),
+                    "answered_seq": seq,
+                    "asked_at": at,
+                },
+            )
+            await connection.execute(
+                sa.insert(_left_messages).values(
+                    id=f"l_{secrets.token_urlsafe(9)}",
+                    conversation_id=conversation,
+                    seq=seq,
+                    email=email,
+                    text=text,
+                    at=at,
+                )
+            )
+            return Asked(events[0], duplicate=False, answered=True), events
+
+        return await self.write(operation)
+
+    async def append_ask(
+        self, conversation: str, client_id: str, text: str, attachments: Sequence[dict[str, Any]] = ()
+    ) -> Asked:
+        """
+        Store a visitor's question, once per `client_id`.
+
+        Args:
+            attachments: what goes into the event; each has an `id`.
+
+        Raises:
+            Conflict: the id was used before for another text, or other attachments; nothing was stored.
+            UnknownConversation: there is none of this id.
+        """
+
+        # The lone text is what was hashed before there were attachments.
+        hash_ = _hash("\0".join((text, *(str(each["id"]) for each in attachments))))
+
+        async def operation(connection: AsyncConnection) -> Asked:
+            seq, text_hash = await _last_seq_and_ask(connection, conversation, client_id)
+            if text_hash is not None:
+                if text_hash != hash_:
+                    raise Conflict(client_id)
+                row = (await connection.execute(_SELECT_ASK, {"c": conversation, "i": client_id})).one()
                 return Asked(_event(row), duplicate=True, answered=row.answered_seq is not None)
-            data = {"role": "visitor", "turn": client_id, "text": text}
+            data: dict[str, Any] = {"role": "visitor", "turn": client_id, "text": text}
+            if attachments:
+                data["attachments"] = list(attachments)
             event = await _insert_event(connection, conversation, seq + 1, "message", data)
             await connection.execute(
                 _INSERT_ASK,
@@ -319,24 +531,24 @@ class Storage:
                     "conversation_id": conversation,
                     "client_id": client_id,
                     "seq": event.seq,
-                    "text_hash": _hash(text),
+                    "text_hash": hash_,
                     "asked_at": event.at,
                 },
             )
             return Asked(event, duplicate=False, answered=False)
 
-        return await self._write(operation)
+        return await self.write(operation)
 
     async def find_ask(self, conversation: str, client_id: str) -> Asked | None:
         """Return the question stored under `client_id`, or None."""
-        rows = await self._read(_SELECT_ASK, {"c": conversation, "i": client_id})
+        rows = await self.read(_SELECT_ASK, {"c": conversation, "i": client_id})
         return Asked(_event(rows[0]), duplicate=True, answered=rows[0].answered_seq is not None) if rows else None
 
     async def events(self, conversation: str, after: int = 0, *, last: int | None = None) -> list[Event]:
         """Return the events with a sequence number over `after`, in order; with `last`, only the last so many."""
         after = min(after, MAX_SEQ)  # visitors may say any number; drivers raise on one that does not fit
         query = _SELECT_EVENTS if last is None else _SELECT_LAST_EVENTS
-        rows = await self._read(query, {"c": conversation, "after": after, "last": last})
+        rows = await self.read(query, {"c": conversation, "after": after, "last": last})
         events = [_event(row) for row in rows]
         return events if last is None else events[::-1]
 
@@ -359,12 +571,13 @@ class Storage:
         )
         if conversation is not None:
             query = query.where(_asks.c.conversation_id == conversation)
-        rows = await self._read(query)
+        rows = await self.read(query)
         return [Unanswered(r.conversation_id, r.client_id, r.seq, str(r.data["text"]), r.asked_at) for r in rows]
 
     # Reading and writing
 
-    async def _read(self, query: sa.Select[Any], values: dict[str, Any] | None = None) -> Sequence[sa.Row[Any]]:
+    async def read(self, query: sa.Select[Any], values: dict[str, Any] | None = None) -> Sequence[sa.Row[Any]]:
+        """Return all rows of one statement; raises StorageUnavailable."""
         try:
             async with self._open_engine().connect() as connection:
                 rows: Sequence[sa.Row[Any]] = (await connection.execute(query, values)).all()
@@ -373,11 +586,11 @@ class Storage:
             logger.error("cannot read the database: %s", _reason(exc))
             raise StorageUnavailable from exc
 
-    async def _write(self, operation: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def write(self, operation: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """
         Run `operation` inside the writer's transaction; return its result once that is committed.
 
-        An operation raises a BotError only before its first statement that writes: it shares the transaction.
+        An operation raises a ClientError only before its first statement that writes: it shares the transaction.
         """
         if self._writer is None or self._writer.done():
             raise StorageUnavailable
@@ -417,7 +630,7 @@ class Storage:
                 for write in batch:
                     try:
                         outcomes.append((write, await write.operation(connection), None))
-                    except (Conflict, UnknownConversation) as exc:
+                    except ClientError as exc:
                         outcomes.append((write, None, exc))
                 committing = True
                 await transaction.commit()
@@ -473,7 +686,7 @@ class Storage:
             logger.error("cannot open the database: %s", _reason(exc))
             raise StorageUnavailable from exc
 
-    def _lock_sqlite_file(self) -> None:
+    def _lock_sqlite_file(self, *, shared: bool) -> None:
         """Take the file for this process: two servers would each number events and answer the same question."""
         name = self._url.database
         if not name or name == ":memory:" or name.startswith("file:"):
@@ -481,6 +694,8 @@ class Storage:
         path = Path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if shared:
+                return
             self._lock_file = path.with_name(f"{path.name}.lock").open("a", encoding="ascii")  # held while open
         except OSError as exc:
             raise MerchantError(f"database {str(path)!r} cannot be opened: {exc.strerror}") from exc
@@ -567,6 +782,16 @@ async def _last_seq_and_ask(connection: AsyncConnection, conversation: str, clie
     return int(row.last), row.text_hash
 
 
+async def _insert_all(
+    connection: AsyncConnection, conversation: str, entries: Sequence[tuple[EventKind, dict[str, Any]]]
+) -> list[Event]:
+    """Insert events with consecutive numbers; raises UnknownConversation."""
+    seq = await _last_seq(connection, conversation)
+    return [
+        await _insert_event(connection, conversation, seq + n, kind, data) for n, (kind, data) in enumerate(entries, 1)
+    ]
+
+
 async def _insert_event(
     connection: AsyncConnection, conversation: str, seq: int, kind: EventKind, data: dict[str, Any]
 ) -> Event:
@@ -576,10 +801,49 @@ async def _insert_event(
     values = {"conversation_id": conversation, "seq": seq, "at": event.at, "kind": kind, "data": data}
     await connection.execute(_INSERT_EVENT, values)
     if kind == "state":
-        await connection.execute(_SET_STATE, {"c": conversation, "new": data["state"]})
+        await _enter_state(connection, conversation, event)
+    if kind == "message" and event.role in ("visitor", "bot", "agent"):
+        last = {"c": conversation, "now": event.at, "role": event.role, "text": event.text[:MAX_LAST_CHARS]}
+        await connection.execute(_SET_LAST, last)
+    else:
+        await connection.execute(_SET_LAST_AT, {"c": conversation, "now": event.at})
     if kind == "message" and event.role in ("bot", "agent") and data.get("turn"):
-        await connection.execute(_SET_ANSWERED, {"c": conversation, "i": data["turn"], "new": seq})
+        for turn in data.get("turns") or [data["turn"]]:
+            await connection.execute(_SET_ANSWERED, {"c": conversation, "i": turn, "new": seq})
     return event
+
+
+async def _enter_state(connection: AsyncConnection, conversation: str, event: Event) -> None:
+    """Set the conversation's state, owner and reason from a state event, and keep the account of its hand-offs."""
+    new, now, reason = event.data["state"], event.at, event.data.get("reason")
+    agent = event.data["agent"]["id"] if new == "human" and "agent" in event.data else None
+    why = None if reason is None or new == "bot" else str(reason)[:200]
+    await connection.execute(_SET_STATE, {"c": conversation, "new": new, "now": now, "agent": agent, "why": why})
+    handed_over = False
+    if new == "human":
+        query = sa.select(_handoffs.c.accepted_at).where(_OPEN_HANDOFF)
+        rows = (await connection.execute(query, {"c": conversation})).all()
+        handed_over = not rows or rows[0].accepted_at is not None
+        if not handed_over:
+            await connection.execute(_ACCEPT_HANDOFF, {"c": conversation, "now": now, "agent": agent})
+    if new != "human" or handed_over:
+        await connection.execute(_END_HANDOFF, {"c": conversation, "now": now, "how": new})
+    if new == "waiting" or handed_over:
+        await connection.execute(
+            _INSERT_HANDOFF,
+            {
+                "conversation_id": conversation,
+                "seq": event.seq,
+                "opened_at": now,
+                "reason": why,
+                "accepted_at": now if handed_over else None,
+                "agent_id": agent,
+            },
+        )
+
+
+def _customer_of(row: sa.Row[Any]) -> Customer | None:
+    return None if row.customer_id is None else Customer(row.customer_id, row.customer_name, row.customer_email)
 
 
 def _event(row: sa.Row[Any]) -> Event:

@@ -123,26 +123,46 @@ def calibrate(data_dir: Path, embedder: Embedder, cache_dir: Path, out: Path | N
 Examples = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]  # features, labels, weights
 
 
-def fit(examples: Sequence[Examples]) -> Calibration:
-    """Return the coefficients that make the labels most likely; every set counts the same, whatever its size."""
+def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: float = RIDGE) -> Calibration:
+    """
+    Return the coefficients that make the labels most likely; every set counts the same, whatever its size.
+
+    `ridge` draws the weights to those of `prior`, by default to zero: what the examples do not show stays as it was.
+    """
     features = np.concatenate([features for features, _, _ in examples])
     labels = np.concatenate([labels for _, labels, _ in examples])
     weights = np.concatenate([weights / weights.sum() for _, _, weights in examples])
     weights *= len(labels) / weights.sum()
     design = np.concatenate([features, np.ones((len(features), 1))], axis=1)  # (n, n_features + 1)
-    ridge = RIDGE * np.eye(design.shape[1]) * float(weights.sum())
-    ridge[-1, -1] = 0
-    theta = np.zeros(design.shape[1])
+    pull = ridge * np.eye(design.shape[1]) * float(weights.sum())
+    before = np.zeros(design.shape[1])
+    if prior is None:
+        pull[-1, -1] = 0
+    else:
+        before = np.array([prior.weights.get(name, 0.0) for name in NAMES] + [prior.bias])
+    theta = before.copy()
+
+    def loss(at: NDArray[np.float64]) -> float:
+        logits = design @ at
+        wrong = float(weights @ (np.logaddexp(0, logits) - labels * logits))
+        return wrong + float((at - before) @ pull @ (at - before)) / 2
+
+    least = loss(theta)
     for _ in range(50):
         chance = 1 / (1 + np.exp(-np.clip(design @ theta, -30, 30)))
-        gradient = design.T @ (weights * (chance - labels)) + ridge @ theta
-        curvature = design.T @ (design * (weights * chance * (1 - chance))[:, None]) + ridge
+        gradient = design.T @ (weights * (chance - labels)) + pull @ (theta - before)
+        curvature = design.T @ (design * (weights * chance * (1 - chance))[:, None]) + pull
         step = np.linalg.solve(curvature + 1e-9 * np.eye(len(theta)), gradient)
-        theta -= step
+        # A full step may overshoot where the chances are near 0 and 1 already; halved, it goes down.
+        while (found := loss(theta - step)) > least and float(np.abs(step).max()) > 1e-6:
+            step /= 2
+        theta, least = theta - step, min(found, least)
         if float(np.abs(step).max()) < 1e-6:
             break
     weights_of = {name: float(value) for name, value in zip(NAMES, theta, strict=False)}
-    return Calibration(weights_of | FIXED, float(theta[-1]))
+    if prior is None:
+        return Calibration(weights_of | FIXED, float(theta[-1]))
+    return Calibration(weights_of, float(theta[-1]), prior.embedder, prior.means)
 
 
 def _means(sets: Sequence[Problem], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:

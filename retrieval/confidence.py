@@ -32,6 +32,8 @@ class Features:
     code: float  # 1 where the query names the passage's article number or coupon code
     brevity: float  # 1 / (1 + number of words of the query): short queries say little
     other_lang: float  # 1 where the passage is in another language than the query
+    learned: float = 0.0  # what the store's tuning says of it (learned.py), about 0 to 1; 0 without one
+    learned_lead: float = 0.0  # the same, above the best other passage
 
     def values(self) -> tuple[float, ...]:
         """Return the features in the order of their names."""
@@ -61,6 +63,13 @@ class Calibration:
         logit = self.bias + sum(coefficient * value for coefficient, value in pairs)
         return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
 
+    def terms(self, features: Features) -> dict[str, float]:
+        """Return what each feature adds to the logit, and "bias"; nothing for an exact wording, which is not fitted."""
+        if features.exact:
+            return {}
+        pairs = zip(NAMES, self._ordered, features.values(), strict=True)
+        return {"bias": self.bias} | {name: coefficient * value for name, coefficient, value in pairs}
+
     def mean(self, embedder: str, role: str, lang: str) -> NDArray[np.float32] | None:
         """Return the mean vector (dim,) of many "query" or "passage" texts in `lang`; None where it is not known."""
         values = self.means.get(f"{role}-{lang}") if embedder == self.embedder else None
@@ -75,5 +84,5 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
         OSError, ValueError, KeyError: the file is missing or not one of ours; the package is broken.
     """
     entry = json.loads(path.read_text("utf-8"))
-    weights = {name: float(entry["weights"][name]) for name in NAMES}
+    weights = {name: float(entry["weights"].get(name, 0.0)) for name in NAMES}
     return Calibration(weights, float(entry["bias"]), entry.get("embedder", ""), entry.get("means"))

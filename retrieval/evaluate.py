@@ -6,6 +6,7 @@ Knows what was asked, what is relevant and what came back; knows not how it was 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
 from retrieval.load import json_lines
 from retrieval.passages import Passage
+from retrieval.terms import Terms
+from retrieval.tuning import Tuning, tuned_retriever
 
 DEPTH = 10
 
@@ -77,6 +80,8 @@ def evaluate(
     cache: VectorCache,
     *,
     now: datetime | None = None,
+    terms: Terms | None = None,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """
@@ -88,7 +93,8 @@ def evaluate(
         RetrievalError: the embedder failed.
     """
     began = time.perf_counter()
-    retriever = HybridRetriever(build_index(passages, embedder, cache, progress), embedder)
+    index = build_index(passages, embedder, cache, progress)
+    retriever = tuned_retriever(index, embedder, cache, terms or Terms(), tuning)
     build_s = time.perf_counter() - began
     outcomes = ask_all(retriever, questions, now=now or datetime.now(UTC))
     times = sorted(outcome.ms for outcome in outcomes)
@@ -155,6 +161,26 @@ def _auc(positives: Sequence[float], negatives: Sequence[float]) -> float | None
         start = end
     n_positive = len(positives)
     return round((total - n_positive * (n_positive + 1) / 2) / (n_positive * len(negatives)), 4)
+
+
+def risk_curve(outcomes: Sequence[Outcome], risks: Sequence[float]) -> list[dict[str, float]]:
+    """
+    Return for each risk the lowest confidence that keeps to it and the share of questions at or above it.
+
+    Wrong, as in `_coverage`: the first hit is not relevant, or nothing is. A coverage of 0 comes with confidence 1.
+    """
+    ordered = sorted(outcomes, key=lambda outcome: -outcome.confidence)
+    best = dict.fromkeys(risks, (1.0, 0))
+    n_wrong = 0
+    for n, outcome in enumerate(ordered, start=1):
+        n_wrong += outcome.rank != 1
+        if n < len(ordered) and ordered[n].confidence == outcome.confidence:
+            continue
+        best |= {risk: (outcome.confidence, n) for risk in risks if n_wrong <= risk * n}
+    return [
+        {"risk": risk, "confidence": math.floor(confidence * 1e4) / 1e4, "coverage": round(n / max(len(ordered), 1), 4)}
+        for risk, (confidence, n) in best.items()
+    ]
 
 
 def _coverage(outcomes: Sequence[Outcome], risk: float) -> float | None:

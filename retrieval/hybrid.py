@@ -16,25 +16,36 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.confidence import Calibration, Features, load_calibration
+from retrieval.candidates import Across, find_candidates
+from retrieval.confidence import NAMES, Calibration, Features, load_calibration
 from retrieval.embedder import Embedder, Vectors
 from retrieval.errors import RetrievalError
-from retrieval.index import Index, side_of
+from retrieval.explain import Explanation, HitReasons, LeftOut
+from retrieval.glossary import SHIPPED as GLOSSARY
+from retrieval.index import LANGS, Index, side_of
+from retrieval.learned import Learned
 from retrieval.load import twin_key
-from retrieval.passages import Hit, Passage, is_valid
-from retrieval.words import codes, detect_lang, squash, words
+from retrieval.names import without_names
+from retrieval.passages import Hit, Passage, is_valid, last_valid_end, next_valid
+from retrieval.recurrence import Recurrence
+from retrieval.terms import Reader, Slot, Terms
+from retrieval.words import bare_code, detect_lang, named_codes, weight, words
 
 # The fused score is their weighted mean: centred cosines, and the share of the query's words (docs/experiments.md).
 BODY = 2.0  # the passage as a whole, all its wordings with its text
 BEST_WORDING = 1.0
 ALL_WORDINGS = 0.5  # their mean
 LEXICAL = 1.0
+GLOSS = 0.5
 SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the only answer there is
 APPROVED = 0.06  # of a FAQ and a policy that say the same, the FAQ: 0.59 -> 0.61 recall@1 of FAQs against 0.03
+# A passage that is nothing but its question has no body: the body's share goes to the wording, and so much of it to the
+# words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650).
+BARE_WORDS = 0.25
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
-N_DENSE = 160  # units of each language taken from the vector side
-N_LEXICAL = 64  # passages taken from the word side that the vector side did not bring
+N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
+N_LEFT_OUT = 10  # in an explanation
 QUERY_CACHE = 1024  # vectors; 1.5 KiB each
 MAX_QUERY_CHARS = 2_000  # the wire's limit for a question; a CLI may bring more
 
@@ -47,13 +58,28 @@ class _Ranked:
     fused: dict[int, float]
     features: dict[int, Features]
     wording: dict[int, str]
+    parts: dict[str, NDArray[np.float64]]  # what each candidate's score is the sum of, by name, (n_candidates,) each
+    place: dict[int, int]  # passage number -> its position in those arrays
+    folded: dict[int, int]  # passage left out for its translation -> that translation
+    slots: tuple[Slot, ...] = ()  # where the query was read another way as well
 
 
 class HybridRetriever:
     """Searches one index. Immutable but for a small cache of query vectors; safe for any number of threads."""
 
-    def __init__(self, index: Index, embedder: Embedder, calibration: Calibration | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        embedder: Embedder,
+        calibration: Calibration | None = None,
+        terms: Terms | None = None,
+        learned: Learned | None = None,
+        learned_weight: float = 0.0,
+    ) -> None:
         """
+        `terms` are the store's own, by default the shipped synonyms alone; `learned` is the store's tuning (tuning.py),
+        and `learned_weight` what a score of 1 from it adds to a passage's.
+
         Raises:
             RetrievalError: the index was built by another embedder.
         """
@@ -63,9 +89,38 @@ class HybridRetriever:
         self.embedder = embedder
         self.calibration = calibration or load_calibration()
         self.version = index.version  # of the knowledge: equal content, equal version
-        self._starts = np.array([_seconds(p.valid_from, -np.inf) for p in index.passages], dtype=np.float64)
-        self._ends = np.array([_seconds(p.valid_until, np.inf) for p in index.passages], dtype=np.float64)
+        dated = [n for n, p in enumerate(index.passages) if p.valid_from is not None or p.valid_until is not None]
+        self._dated = np.array(dated, dtype=np.int64)  # only these are asked for the time: of 10^6, few
+        self._starts = np.array([_seconds(index.passages[n].valid_from, -np.inf) for n in dated], dtype=np.float64)
+        self._ends = np.array([_seconds(index.passages[n].valid_until, np.inf) for n in dated], dtype=np.float64)
+        self._langs = np.array([passage.lang for passage in index.passages], dtype="<U8")
+        self._approved = np.array([passage.approved for passage in index.passages], dtype=np.bool_)
+        self._of_kinds: dict[frozenset[str], NDArray[np.bool_]] = {}  # at most one for each set of the five kinds
+        recurring: dict[Recurrence, list[int]] = {}  # each asked once a query, however many passages it has
+        for number, passage in enumerate(index.passages):
+            if passage.repeats is not None:
+                recurring.setdefault(passage.repeats, []).append(number)
+        self._recurring = [(repeats, np.array(numbers)) for repeats, numbers in recurring.items()]
+        self.reader = Reader(index.lexical.vocabulary, terms or Terms())
+        self._by_code: dict[str, list[int]] = {}
+        for code, owners in index.by_code.items():
+            self._by_code.setdefault(bare_code(code), []).extend(owners)
         self._twins = [twin_key(passage) for passage in index.passages]
+        self.glossary = GLOSSARY.with_own(self.reader.terms.own)
+        self._only_across = {lang: self._untranslated(lang) for lang in LANGS}
+        self._bare = np.array(
+            [p.text == p.title or p.text in ("", *p.questions) for p in index.passages], dtype=np.bool_
+        )
+        self.learned = learned
+        self.learned_weight = learned_weight
+        known = {key: n for n, key in enumerate(learned.keys)} if learned else {}
+        self._lesson = np.array(
+            [known.get(key, -1) for key in self._twins], dtype=np.int64
+        )  # of each passage; -1: none
+        self._taught: dict[int, list[int]] = {}  # and its passages
+        if learned:
+            for owner in np.flatnonzero(self._lesson >= 0).tolist():
+                self._taught.setdefault(int(self._lesson[owner]), []).append(owner)
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -94,8 +149,8 @@ class HybridRetriever:
         """Return every passage of `kind` valid at `now`, in file order; with `lang` only those in that language."""
         return [
             passage
-            for passage in self.index.passages
-            if passage.kind == kind and (lang is None or passage.lang == lang) and is_valid(passage, now)
+            for passage in (self.index.passages[number] for number in self.index.by_kind.get(kind, ()))
+            if (lang is None or passage.lang == lang) and is_valid(passage, now)
         ]
 
     def get(self, passage_id: str) -> Passage | None:
@@ -104,29 +159,113 @@ class HybridRetriever:
         return None if number is None else self.index.passages[number]
 
     def rank(
-        self, query: str, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
+        self,
+        query: str,
+        *,
+        now: datetime,
+        lang: str | None = None,
+        kinds: Collection[str] | None = None,
+        lessons: NDArray[np.float32] | None = None,
     ) -> list[tuple[Passage, Features]]:
-        """Return every candidate of `query` with what its confidence is made of, best first; for fitting and tests."""
-        ranked = self._rank(query, self._mask(self._valid(now), kinds), lang or detect_lang(query))
+        """
+        Return every candidate of `query` with what its confidence is made of, best first; for fitting and tests.
+
+        `lessons`, (len(learned.keys),), take the place of `learned.scores`: for a question that was learned from.
+        """
+        ranked = self._rank(query, self._mask(self._valid(now), kinds), lang or detect_lang(query), lessons)
         return [(self.index.passages[number], ranked.features[number]) for number in ranked.order]
+
+    def explain(
+        self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
+    ) -> Explanation:
+        """
+        Return what `search` returns with every reason for it; twice the work of a search.
+
+        What is left out are passages that would stand among the hits but for their dates, their kind or a translation,
+        at most `N_LEFT_OUT`, best first.
+        """
+        valid, spoken = self._valid(now), lang or detect_lang(query)
+        allowed = self._mask(valid, kinds)
+        ranked = self._rank(query, allowed, spoken)
+        hits = self._top(ranked, k)
+        everything = self._rank(query, np.ones_like(valid), spoken)
+        floor = hits[-1].score if hits and len(hits) == k else -np.inf
+        left_out: list[LeftOut] = []
+        for number in sorted(everything.fused, key=lambda n: (-everything.fused[n], n)):
+            score = everything.fused[number]
+            if number in ranked.features or score < floor or len(left_out) == N_LEFT_OUT:
+                continue
+            left_out.append(self._left_out(number, round(score, 6), everything, ranked, now, bool(valid[number])))
+        query = query.strip()[:MAX_QUERY_CHARS]
+        shared = self.index.lexical.query(query, ranked.slots)
+        return Explanation(
+            query=query,
+            lang=spoken,
+            read_as=ranked.slots,
+            unknown=tuple(
+                word
+                for word in dict.fromkeys(words(query))
+                if weight(word) > 0.2 and word not in self.index.lexical.vocabulary
+            ),
+            hits=tuple(
+                HitReasons(
+                    hit=hit,
+                    parts={name: float(values[ranked.place[number]]) for name, values in ranked.parts.items()},
+                    features=dict(zip(NAMES, ranked.features[number].values(), strict=True)),
+                    logit=self.calibration.terms(ranked.features[number]),
+                    words=shared.shares(number),
+                )
+                for hit, number in zip(hits, ranked.order, strict=False)
+            ),
+            left_out=tuple(left_out),
+        )
+
+    def _left_out(
+        self, number: int, score: float, everything: _Ranked, ranked: _Ranked, now: datetime, valid: bool
+    ) -> LeftOut:
+        passage = self.index.passages[number]
+        features = everything.features.get(number)
+        confidence = None if features is None else round(self.calibration.confidence(features), 4)
+        if number in ranked.folded:
+            return LeftOut(passage, score, None, "translation", self.index.passages[ranked.folded[number]].id)
+        if valid:
+            return LeftOut(passage, score, confidence, "kind")
+        following = next_valid(passage, now)
+        if following is None:
+            return LeftOut(passage, score, confidence, "ended", since=last_valid_end(passage, now))
+        begun = passage.valid_from is None or passage.valid_from <= now
+        return LeftOut(passage, score, confidence, "outside its times" if begun else "not begun", next_on=following)
 
     def _valid(self, now: datetime) -> NDArray[np.bool_]:
         if now.tzinfo is None:
             raise ValueError("now has no time zone; pass datetime.now(timezone.utc)")
         moment = now.timestamp()
-        valid: NDArray[np.bool_] = np.logical_and(self._starts <= moment, moment < self._ends)
+        valid = np.ones(len(self.index.passages), dtype=np.bool_)
+        valid[self._dated] = np.logical_and(self._starts <= moment, moment < self._ends)
+        for repeats, numbers in self._recurring:  # `is_valid`, with its last line asked once for all that share it
+            if not repeats.holds(now):
+                valid[numbers] = False
         return valid
 
     def _mask(self, allowed: NDArray[np.bool_], kinds: Collection[str] | None) -> NDArray[np.bool_]:
         if kinds is None:
             return allowed
-        wanted = np.fromiter((passage.kind in kinds for passage in self.index.passages), dtype=np.bool_)
+        known = frozenset(self.index.by_kind).intersection(kinds)
+        wanted = self._of_kinds.get(known)
+        if wanted is None:
+            wanted = np.zeros(len(self.index.passages), dtype=np.bool_)
+            for kind in known:
+                wanted[self.index.by_kind[kind]] = True
+            self._of_kinds[known] = wanted
         return np.logical_and(allowed, wanted, dtype=np.bool_)
 
     def _hits(
         self, query: str, k: int, allowed: NDArray[np.bool_], lang: str | None, kinds: Collection[str] | None
     ) -> list[Hit]:
-        ranked = self._rank(query, self._mask(allowed, kinds), lang or detect_lang(query))
+        k = max(k, 0)
+        return self._top(self._rank(query, self._mask(allowed, kinds), lang or detect_lang(query), n=k), k)
+
+    def _top(self, ranked: _Ranked, k: int) -> list[Hit]:
         return [
             Hit(
                 passage=self.index.passages[number],
@@ -137,91 +276,172 @@ class HybridRetriever:
             for number in ranked.order[: max(k, 0)]
         ]
 
-    def _rank(self, query: str, allowed: NDArray[np.bool_], lang: str) -> _Ranked:
+    def _rank(
+        self,
+        query: str,
+        allowed: NDArray[np.bool_],
+        lang: str,
+        lessons: NDArray[np.float32] | None = None,
+        n: int | None = None,
+    ) -> _Ranked:
+        """Rank all candidates; with `n`, features and wordings are there for the first `n` of them only."""
         query = query.strip()[:MAX_QUERY_CHARS]
         if not query or not allowed.any():
-            return _Ranked([], {}, {}, {})
+            return _Ranked([], {}, {}, {}, {}, {}, {})
         index = self.index
-        vector = index.place(self._vector(query), query)
+        raw = self._meaning(query)
+        vector = index.place(raw, query)
         # 1) Candidates: nearest units, most words shared, and whatever the query names by code or letter for letter.
-        #    The nearest of each language by itself: across languages cosines are lower, not worse.
-        across = index.sides != (side_of(query) == "zh")
-        ours, others = (index.nearest(vector, allowed[index.owners] & side, N_DENSE)[1] for side in (~across, across))
-        near = np.concatenate([ours, others])
-        lexical, most = index.lexical.score(query)
-        by_words = np.argsort(np.where(allowed, lexical, 0), kind="stable")[::-1][:N_LEXICAL]
-        exact = {n for n in index.by_squash.get(squash(query), ()) if index.passages[n].kind in ("faq", "product")}
-        named = {number for code in codes(query) for number in index.by_code.get(code, ())}
-        found = np.concatenate([index.owners[near], by_words, np.fromiter(exact | named, dtype=np.int64)])
-        owners = np.unique(found)
-        owners = owners[allowed[owners] & (np.isin(owners, index.owners[near]) | (lexical[owners] > 0))]
+        slots = self.reader.slots(query)
+        named = {number for code in named_codes(query) for number in self._by_code.get(code, ())}
+        if lessons is None and self.learned is not None:
+            lessons = self.learned.scores(query, vector)
+        taught = set() if lessons is None else self._brought_by(lessons)
+        across = self._across(query, allowed)
+        found = find_candidates(index, query, raw, vector, allowed, slots, named | taught, across)
+        owners, coverage, exact = found.owners, found.coverage, found.exact
         # 2) Every candidate scored all ways; its body is the last of its units.
         firsts, lasts = index.first_unit[owners], index.first_unit[owners + 1] - 1
         n_wordings = lasts - firsts
-        numbers = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts + 1, strict=True)])
-        cosines = index.cosines(vector, numbers)
-        cosines[across[numbers]] /= self.embedder.shared
+        if not len(owners):
+            return _Ranked([], {}, {}, {}, {}, {}, {}, slots)
         starts = np.cumsum(n_wordings + 1) - (n_wordings + 1)  # of each candidate, in numbers
+        numbers = np.repeat(firsts - starts, n_wordings + 1) + np.arange(int(np.sum(n_wordings + 1)))
+        cosines = index.cosines(vector, numbers)
+        cosines[index.sides[numbers] != (side_of(query) == "zh")] /= self.embedder.shared
+        if across is not None:
+            theirs = np.flatnonzero(
+                across.only[index.owners[numbers]] & (index.sides[numbers] == (across.gloss.lang == "zh"))
+            )
+            glossed = index.cosines(across.placed, numbers[theirs])
+            cosines[theirs] = (1 - GLOSS) * cosines[theirs] + GLOSS * glossed
         body = cosines[starts + n_wordings]
         as_wordings = cosines.copy()
         as_wordings[starts + n_wordings] = np.where(n_wordings == 0, body, -1.0)
         best_wording = np.maximum.reduceat(as_wordings, starts)
         sums = np.add.reduceat(cosines, starts) - body
         all_wordings = np.where(n_wordings == 0, body, sums / np.maximum(n_wordings, 1))
-        coverage = np.minimum(lexical[owners] / most, 1.0) if most > 0 else np.zeros(len(owners))
-        mixed = BODY * body + BEST_WORDING * best_wording + ALL_WORDINGS * all_wordings + LEXICAL * coverage
-        mixed /= BODY + BEST_WORDING + ALL_WORDINGS + LEXICAL
+        # A score is the sum of these parts and of nothing else: what `explain` shows is what ranks.
+        weights = BODY + BEST_WORDING + ALL_WORDINGS + LEXICAL
+        bare = self._bare[owners]
+        body = np.where(bare, (1 - BARE_WORDS) * best_wording + BARE_WORDS * coverage, body)
+        parts: dict[str, NDArray[np.float64]] = {
+            "body": BODY / weights * body,
+            "best_wording": BEST_WORDING / weights * best_wording,
+            "all_wordings": ALL_WORDINGS / weights * all_wordings,
+            "words": LEXICAL / weights * coverage,
+        }
+        mixed = np.sum(list(parts.values()), axis=0)
         # 3) What is known beside likeness; then one of each pair of translations.
         place = {owner: position for position, owner in enumerate(owners.tolist())}
-        fused = {
-            owner: float(mixed[position])
-            + SAME_LANG * (index.passages[owner].lang == lang)
-            + APPROVED * index.passages[owner].approved
-            + EXACT * (owner in exact)
-            + CODE * (owner in named)
-            for owner, position in place.items()
+        beside = {
+            "same_lang": SAME_LANG * (self._langs[owners] == lang),
+            "approved": APPROVED * self._approved[owners],
+            "exact": [EXACT * (owner in exact) for owner in place],
+            "code": [CODE * (owner in named) for owner in place],
         }
-        order = self._fold_twins(sorted(fused, key=lambda owner: (-fused[owner], owner)), fused, lang)
+        parts |= {name: np.array(values, dtype=np.float64) for name, values in beside.items()}
+        learned = np.zeros(len(owners))
+        if lessons is not None:
+            learned = np.where(self._lesson[owners] >= 0, lessons[self._lesson[owners]], 0.0).astype(np.float64)
+            parts["learned"] = self.learned_weight * learned
+        totals = np.sum(list(parts.values()), axis=0)
+        fused = {owner: float(totals[position]) for owner, position in place.items()}
+        best_first = sorted(fused, key=lambda owner: (-fused[owner], owner))
+        order, folded, lead = self._fold_twins(best_first, fused, lang)
+        parts["translation"] = np.array([lead.get(owner, 0.0) for owner in place], dtype=np.float64)
         # 4) What the confidence is made of.
         background = np.array([mixed[place[owner]] for owner in order])
         mean, spread = float(background.mean()), max(float(background.std()), 0.05)
         brevity = 1 / (1 + len(words(query)))
         features, wording = {}, {}
-        for rank, owner in enumerate(order):
-            rival = fused[order[1 if rank == 0 else 0]] if len(order) > 1 else fused[owner] - 0.1
+        # The margin is of what was there before the tuning, so that it means the same with and without one.
+        before = {owner: fused[owner] - self.learned_weight * float(learned[place[owner]]) for owner in order}
+        first, second = _two_best(before)
+        lead_first, lead_second = _two_best({owner: float(learned[place[owner]]) for owner in order})
+        for owner in order[:n]:  # of several hundred candidates, the few that become hits
+            rival = before[second if owner == first else first] if len(order) > 1 else before[owner] - 0.1
             position = place[owner]
+            taught_best = lead_second if owner == lead_first else lead_first
+            lead_by = float(learned[position] - learned[place[taught_best]]) if len(order) > 1 else 0.0
             features[owner] = Features(
                 body=float(body[position]),
                 wording=float(best_wording[position]),
                 standout=(float(mixed[position]) - mean) / spread / 5 if len(order) > 2 else 0.4,
-                margin=max(-1.0, min(1.0, fused[owner] - rival)),
+                margin=max(-1.0, min(1.0, before[owner] - rival)),
                 coverage=float(coverage[position]),
                 exact=float(owner in exact),
                 code=float(owner in named),
                 brevity=brevity,
                 other_lang=float(index.passages[owner].lang not in (lang, "")),
+                learned=float(learned[position]),
+                learned_lead=lead_by,
             )
             start = int(starts[position])
             best = int(np.argmax(as_wordings[start : start + int(n_wordings[position]) + 1]))
             wording[owner] = index.units[int(numbers[start + best])].text
-        return _Ranked(order, fused, features, wording)
+        return _Ranked(order, fused, features, wording, parts, place, folded, slots)
 
-    def _fold_twins(self, order: list[int], fused: dict[int, float], lang: str) -> list[int]:
-        """Keep one of each passage and its translation, in the better one's place: the one in `lang` if there is."""
+    def _fold_twins(
+        self, order: list[int], fused: dict[int, float], lang: str
+    ) -> tuple[list[int], dict[int, int], dict[int, float]]:
+        """
+        Keep one of each passage and its translation, in the better one's place: the one in `lang` if there is.
+
+        Returns those kept, best first; what each left out gave way to; and what a kept one gained by its better twin.
+        """
         chosen: dict[str, int] = {}
+        lead: dict[int, float] = {}
         for owner in order:
             key = self._twins[owner]
             if key not in chosen:
                 chosen[key] = owner
             elif self.index.passages[owner].lang == lang != self.index.passages[chosen[key]].lang:
+                lead[owner] = fused[chosen[key]] - fused[owner]
                 fused[owner] = fused[chosen[key]]
                 chosen[key] = owner
-        return list(chosen.values())
+        folded = {owner: chosen[self._twins[owner]] for owner in order if chosen[self._twins[owner]] != owner}
+        return list(chosen.values()), folded, lead
+
+    def _untranslated(self, lang: str) -> NDArray[np.bool_]:
+        """Return which passages (n_passages,) are in another language than `lang` and have no translation in it."""
+        elsewhere = np.flatnonzero((self._langs != lang) & (self._langs != ""))
+        only = np.zeros(len(self._langs), dtype=np.bool_)
+        if len(elsewhere):
+            spoken = {self._twins[number] for number in np.flatnonzero(self._langs == lang).tolist()}
+            only[[number for number in elsewhere.tolist() if self._twins[number] not in spoken]] = True
+        return only
+
+    def _across(self, query: str, allowed: NDArray[np.bool_]) -> Across | None:
+        """Return `query` in the other language; None where every allowed passage is in the query's own as well."""
+        only = self._only_across[side_of(query)]
+        if not (only & allowed).any():
+            return None
+        gloss = self.glossary.gloss(query)
+        if gloss is None:
+            return None
+        raw = self._vector(gloss.text)
+        return Across(gloss, raw, self.index.place(raw, gloss.text), only)
+
+    def _brought_by(self, lessons: NDArray[np.float32]) -> set[int]:
+        """Return the passages that the tuning would put first, whether or not anything else finds them."""
+        best = np.argsort(-lessons, kind="stable")[:N_TAUGHT]
+        return {owner for key in best.tolist() if lessons[key] > 0 for owner in self._taught.get(key, ())}
 
     def remember(self, queries: Sequence[str], vectors: Vectors) -> None:
         """Put vectors of `queries` (n, dim) into the cache, made elsewhere by the same embedder."""
         with self._lock:
             self._vectors.update(zip(queries, vectors, strict=True))
+
+    def _meaning(self, query: str) -> NDArray[np.float32]:
+        """
+        Return the vector (dim,) of `query`: the mean of all the ways to say it.
+
+        With the store's own terms in it there is another, with a name that half the store's questions have one without.
+        """
+        others = (self.reader.terms.rewritten(query), without_names(query, self.index.names))
+        vectors = [self._vector(text) for text in (query, *others) if text is not None]
+        return np.mean(vectors, axis=0, dtype=np.float32) if len(vectors) > 1 else vectors[0]
 
     def _vector(self, query: str) -> NDArray[np.float32]:
         with self._lock:
@@ -239,3 +459,9 @@ class HybridRetriever:
 
 def _seconds(moment: datetime | None, otherwise: float) -> float:
     return otherwise if moment is None else moment.timestamp()
+
+
+def _two_best(scores: dict[int, float]) -> tuple[int, int]:
+    """Return whose score is highest and whose comes next, the first met of equals; one alone is both."""
+    ordered = sorted(scores, key=lambda owner: -scores[owner])
+    return ordered[0], ordered[min(1, len(ordered) - 1)]

@@ -1,9 +1,9 @@
 """
 The built thing: every wording and every body as a vector and as words, in memory and on disk.
 
-The only file that imports `faiss`. Knows which vector belongs to which passage; knows no clock, no fusion and no
-confidence. A snapshot is a folder: `manifest.json` (format, embedder, knowledge version, checksums), `passages.jsonl`,
-`vectors.faiss`. No pickle: a snapshot may come from another machine.
+Knows which vector belongs to which passage; knows no clock, no fusion and no confidence. A snapshot is a folder:
+`manifest.json` (format, embedder, knowledge version, checksums), `passages.jsonl`, and the FAISS files of `vectors.py`.
+No pickle: a snapshot may come from another machine.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,13 +26,14 @@ from retrieval.embedder import Embedder, Progress, VectorCache, Vectors
 from retrieval.errors import IndexDamaged
 from retrieval.lexical import Lexical
 from retrieval.load import content_hash, dump_passage, parse_passage
+from retrieval.names import common_names, without_names
 from retrieval.passages import Passage
+from retrieval.vectors import EXACT_FILE, EXACT_UNITS, LIST_FILES, LocalVectors
 from retrieval.words import codes, detect_lang, squash
 
-# A flat search is a millisecond on one core; a second thread gains nothing and then spins on the embedder's core.
-faiss.omp_set_num_threads(1)
-
-FORMAT = 4
+FORMAT = 6
+MAX_MANIFEST_BYTES = 1 << 20
+PASSAGES_FILE = "passages.jsonl"
 BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only averaged in
 # Every vector of e5 shares a direction, so that any two texts have a cosine of 0.75 and more. Taking the mean away
 # makes 0 mean "unrelated". The store's own mean and the shipped one were equally good, half of each a hair better; a
@@ -39,6 +41,20 @@ BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only
 # own: the difference of the two means is "is Chinese", which would keep translations apart.
 CENTER_AFTER = 300
 LANGS = ("zh", "en")
+MASKS_KEPT = 4  # what holds now, what does not, and each for the kinds that the bot asks for
+MOST_ELSEWHERE = 4_096  # units asked of a vector server at once
+
+
+class Nearest(Protocol):
+    """Units by vector, in FAISS's place: a vector server (vectorstore.py). The cosines stay on this machine."""
+
+    def nearest(self, vector: NDArray[np.float32], side: str, n: int) -> NDArray[np.int64] | None:
+        """
+        Return the numbers of about `n` units of `side`, "zh" or "en", near `vector` (dim,), as the embedder gave it.
+
+        None where the server does not answer: they are then looked for here.
+        """
+        ...
 
 
 class Unit:
@@ -58,13 +74,14 @@ class Index:
     def __init__(
         self,
         passages: Sequence[Passage],
-        vectors: Vectors,
+        found: Sequence[Unit],
+        vectors: LocalVectors,
         means: Mapping[str, NDArray[np.float32]],
         embedder_version: str,
         version: str,
     ) -> None:
         """
-        Put the index together from centred `vectors` (n_units, dim), one for each of `units(passages)`, in that order.
+        Put the index together from the centred `vectors` of `found`, the `units(passages)`, in that order.
 
         `means`, by language, is what is taken from a query's vector, (dim,) each.
         """
@@ -72,14 +89,20 @@ class Index:
         self.passages = tuple(passages)
         self.version = version
         self.embedder_version = embedder_version
-        self.units = units(self.passages)
+        self.units = found
+        self.names = common_names(titles_of(self.passages))  # a query's vector is the mean of with and without
         if len(vectors) != len(self.units):
             raise IndexDamaged(f"{len(vectors)} vectors for {len(self.units)} wordings and texts")
-        self.sides = np.array([side_of(unit.text) == "zh" for unit in self.units], dtype=bool)  # which mean was taken
+        self.vectors = vectors
+        self.elsewhere: Nearest | None = None  # where the nearest are looked for instead, see vectorstore.py
+        self.sides = sides_of(self.units)  # which mean was taken
         self.owners = np.array([unit.owner for unit in self.units], dtype=np.int32)
         self.is_body = np.array([unit.is_body for unit in self.units], dtype=bool)
         self.first_unit = np.searchsorted(self.owners, np.arange(len(self.passages) + 1))  # its body is its last unit
-        self.lexical = Lexical([body_of(passage) for passage in self.passages])
+        self.lexical = Lexical(unit.text for unit in self.units if unit.is_body)
+        self.by_kind: dict[str, list[int]] = {}
+        for number, passage in enumerate(self.passages):
+            self.by_kind.setdefault(passage.kind, []).append(number)
         self.by_id = {passage.id: number for number, passage in enumerate(self.passages)}
         self.by_squash: dict[str, list[int]] = {}  # a wording without spaces and signs -> its passages
         for unit in self.units:
@@ -89,45 +112,67 @@ class Index:
         for number, passage in enumerate(self.passages):
             for code in passage_codes(passage):
                 self.by_code.setdefault(code, []).append(number)
-        self._faiss = faiss.IndexFlatIP(vectors.shape[1])
-        if len(vectors):
-            self._faiss.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        # Of the passages last allowed, the units of each side: at 10^6 five milliseconds, and mostly the same again.
+        self._masks: tuple[tuple[NDArray[np.bool_], dict[str, NDArray[np.bool_]]], ...] = ()
 
     @property
     def dim(self) -> int:
         """The number of dimensions of a vector."""
-        return int(self._faiss.d)
+        return self.vectors.dim
 
     def place(self, vector: NDArray[np.float32], query: str) -> NDArray[np.float32]:
         """Return the vector (dim,) of `query` centred as those in the index are, of length 1."""
         placed: NDArray[np.float32] = center(vector.reshape(1, -1), self.means[side_of(query)])[0]
         return placed
 
-    def nearest(self, vector: NDArray[np.float32], allowed: NDArray[np.bool_], n: int) -> tuple[Any, Any]:
+    def nearest(
+        self, raw: NDArray[np.float32], placed: NDArray[np.float32], side: str, allowed: NDArray[np.bool_], n: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """
-        Return (cosines, unit numbers) of the `n` units nearest to `vector` (dim, placed) among the allowed, best first.
+        Return (cosines, unit numbers) of the `n` units of `side` nearest to a query, best first.
 
-        `allowed` has shape (n_units,); fewer than `n` come back where fewer are allowed.
+        `raw` (dim,) is its vector as the embedder gave it, `placed` the same placed; `allowed` (n_passages,) whose
+        units may be found. Fewer than `n` come back where fewer are allowed.
         """
-        n = min(n, int(np.count_nonzero(allowed)))
-        if n == 0:
-            return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
-        parameters = None
-        if not allowed.all():
-            bitmap = np.packbits(allowed, bitorder="little")
-            # A bitmap, not a list of ids: tested per vector, and it costs one bit each.
-            selector = faiss.IDSelectorBitmap(bitmap)  # type: ignore[call-arg,arg-type]  # its stubs lack the wrapper
-            parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-        cosines, numbers = self._faiss.search(vector.reshape(1, -1), n, params=parameters)
-        found = numbers[0] >= 0
-        return cosines[0][found], numbers[0][found]
+        mask = self._units_allowed(allowed, side)
+        n_side = len(self.vectors.units_of(side))
+        n_allowed = n_side if mask is None else int(np.count_nonzero(mask))
+        if self.elsewhere is None or n_allowed <= EXACT_UNITS:
+            return self.vectors.nearest(placed, side, mask, n)
+        # It knows neither validity nor kinds, whatever its filters can: more is asked for, and what may not be found
+        # is dropped here. Where nearly nothing may, the few that may are compared here instead (above).
+        near = self.elsewhere.nearest(raw, side, min(int(2 * n * n_side / n_allowed) + 1, MOST_ELSEWHERE))
+        if near is None:
+            return self.vectors.nearest(placed, side, mask, n)
+        near = np.unique(near[allowed[self.owners[near]]])
+        cosines = self.vectors.cosines(placed, near)
+        best = np.argsort(-cosines, kind="stable")[:n]
+        return cosines[best], near[best]
+
+    def _units_allowed(self, allowed: NDArray[np.bool_], side: str) -> NDArray[np.bool_] | None:
+        """Return which units of `side` belong to `allowed` passages, None for all of them."""
+        if allowed.all():
+            return None
+        masks = next((masks for known, masks in self._masks if np.array_equal(known, allowed)), None)
+        if masks is None:
+            masks = {lang: allowed[self.owners[self.vectors.units_of(lang)]] for lang in LANGS}
+            self._masks = ((allowed, masks), *self._masks[: MASKS_KEPT - 1])
+        return masks[side]
 
     def cosines(self, vector: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the cosine of `vector` (dim, placed) and each of these units, shape (len(numbers),)."""
-        if len(numbers) == 0:
-            return np.zeros(0, dtype=np.float32)
-        found: NDArray[np.float32] = self._faiss.reconstruct_batch(numbers) @ vector
-        return found
+        return self.vectors.cosines(vector, numbers)
+
+    def mapped(self, folder: Path) -> Index:
+        """
+        Return this index with the vectors read from the snapshot `folder` it was saved to, mapped where they are large.
+
+        Raises:
+            IndexDamaged: that is not what is there.
+        """
+        if self.vectors.kind != "flat":
+            self.vectors = LocalVectors.load(folder, load_manifest(folder)["sha256"], self.sides, self.dim)
+        return self
 
     def save(self, folder: Path) -> None:
         """
@@ -139,8 +184,8 @@ class Index:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            faiss.write_index(self._faiss, str(beside / "vectors.faiss"))
-            with (beside / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            names = [PASSAGES_FILE, *self.vectors.save(beside)]
+            with (beside / PASSAGES_FILE).open("w", encoding="utf-8", newline="\n") as file:
                 for passage in self.passages:
                     file.write(json.dumps(dump_passage(passage), ensure_ascii=False) + "\n")
             manifest = {
@@ -148,9 +193,13 @@ class Index:
                 "embedder": self.embedder_version,
                 "knowledge": self.version,
                 "dim": self.dim,
-                "means": {lang: [round(float(value), 7) for value in mean] for lang, mean in self.means.items()},
+                "means": {
+                    lang: [float(f"{value:.9g}") for value in mean.tolist()] for lang, mean in self.means.items()
+                },
+                "n_passages": len(self.passages),
                 "n_units": len(self.units),
-                "sha256": {name: _sha256(beside / name) for name in ("passages.jsonl", "vectors.faiss")},
+                "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "sha256": {name: _sha256(beside / name) for name in names},
             }
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
             if folder.exists():
@@ -185,21 +234,51 @@ def build_index(
     vectors[wordings] = cache.embed(embedder, [found[n].text for n in wordings], as_query=True, progress=after(0))
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
+    _halve_names(found, vectors, common_names(titles_of(passages)), embedder, cache)
     calibration = calibration or load_calibration()
-    sides = np.array([side_of(unit.text) for unit in found], dtype=object)
+    zh = sides_of(found)
     is_body = np.array([unit.is_body for unit in found], dtype=bool)
     means: dict[str, NDArray[np.float32]] = {}
     for lang in LANGS:
-        for role, chosen in (("passage", is_body & (sides == lang)), ("query", ~is_body & (sides == lang))):
+        for role, chosen in (
+            ("passage", is_body & (zh == (lang == "zh"))),
+            ("query", ~is_body & (zh == (lang == "zh"))),
+        ):
             mean = _mean(vectors[chosen], calibration.mean(embedder.version, role, lang))
             vectors[chosen] = center(vectors[chosen], mean)
             means[lang] = mean  # of the wordings in the end: a query is one
-    return Index(passages, vectors, means, embedder.version, content_hash(passages))
+    local = LocalVectors.build(vectors, zh)
+    return Index(passages, found, local, means, embedder.version, content_hash(passages))
+
+
+def titles_of(passages: Sequence[Passage]) -> list[str]:
+    """Return the first wording of each passage, its title where it has none."""
+    return [passage.questions[0] if passage.questions else passage.title for passage in passages]
+
+
+def _halve_names(
+    found: Sequence[Unit], vectors: Vectors, names: Sequence[str], embedder: Embedder, cache: VectorCache
+) -> None:
+    """Make the vector of every unit with one of `names` in it the mean of its own and of its text without them."""
+    for is_body in (False, True):
+        bare = {
+            number: text
+            for number, unit in enumerate(found)
+            if unit.is_body == is_body and (text := without_names(unit.text[:BODY_CHARS], names)) is not None
+        }
+        if bare:
+            numbers = list(bare)
+            vectors[numbers] = (vectors[numbers] + cache.embed(embedder, list(bare.values()), as_query=not is_body)) / 2
 
 
 def side_of(text: str) -> str:
     """Return which of the two means belongs to `text`; what has no letters goes with English."""
     return detect_lang(text) or "en"
+
+
+def sides_of(found: Sequence[Unit]) -> NDArray[np.bool_]:
+    """Return for each unit whether its mean is the Chinese one, shape (n_units,)."""
+    return np.fromiter((side_of(unit.text) == "zh" for unit in found), dtype=np.bool_, count=len(found))
 
 
 def center(vectors: Vectors, mean: NDArray[np.float32]) -> Vectors:
@@ -218,34 +297,68 @@ def _mean(vectors: Vectors, shipped: NDArray[np.float32] | None) -> NDArray[np.f
     return mixed
 
 
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Read what a snapshot says of itself: knowledge, embedder, n_passages, n_units, built_at, sha256, ….
+
+    Raises:
+        IndexDamaged: there is no manifest, none of this format, or one that names what are no files of a snapshot.
+    """
+    path = folder / "manifest.json"
+    try:
+        _check_is_file(path)
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise IndexDamaged(f"{folder.name}/{path.name} is too large to be one")
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise IndexDamaged(f"{folder.name} was built by another version")
+        wanted = {"knowledge": str, "embedder": str, "built_at": str, "n_passages": int, "n_units": int, "sha256": dict}
+        if not all(type(manifest[name]) is kind for name, kind in wanted.items()):
+            raise IndexDamaged(f"{folder.name}/{path.name} is not what was written")
+        for name in manifest["sha256"]:
+            if name not in (PASSAGES_FILE, EXACT_FILE, *LIST_FILES.values()):
+                raise IndexDamaged(f"{folder.name} names a file that no snapshot has")
+            _check_is_file(folder / name)
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:  # JSON's error is a ValueError
+        raise IndexDamaged(f"{folder.name} cannot be read: {exc}") from exc
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise IndexDamaged for a link, a device or a folder: /dev/zero is read for ever."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise IndexDamaged(f"{path.parent.name}/{path.name} is no file")
+
+
 def load_index(folder: Path, embedder: Embedder) -> Index:
     """
     Read a snapshot. Blocks on disk.
 
+    Only files of known names are opened, and none is interpreted before its checksum is right.
+
     Raises:
         IndexDamaged: a file is missing, changed or of another format or embedder; rebuild.
     """
+    manifest = load_manifest(folder)
+    if manifest["embedder"] != embedder.version:
+        raise IndexDamaged(f"{folder.name} was built by another version")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        if manifest["format"] != FORMAT or manifest["embedder"] != embedder.version:
-            raise IndexDamaged(f"{folder.name} was built by another version")
-        for name, expected in manifest["sha256"].items():
-            if _sha256(folder / name) != expected:
-                raise IndexDamaged(f"{folder.name}/{name} is not what was written")
-        with (folder / "passages.jsonl").open(encoding="utf-8") as file:
-            passages = [parse_passage(json.loads(line)) for line in file]
-        stored = faiss.read_index(str(folder / "vectors.faiss"))
-        vectors = stored.reconstruct_n(0, stored.ntotal) if stored.ntotal else np.zeros((0, embedder.dim), np.float32)
-        if vectors.shape[1] != embedder.dim or content_hash(passages) != manifest["knowledge"]:
-            raise IndexDamaged(f"{folder.name} does not fit its manifest")
+        sums = manifest["sha256"]
+        raw = (folder / PASSAGES_FILE).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != sums[PASSAGES_FILE]:
+            raise IndexDamaged(f"{folder.name}/{PASSAGES_FILE} is not what was written")
+        passages = [parse_passage(json.loads(line)) for line in raw.splitlines()]
+        found = units(passages)
         means = {lang: np.array(manifest["means"][lang], dtype=np.float32) for lang in LANGS}
-        if any(mean.shape != (embedder.dim,) for mean in means.values()):
+        if (
+            content_hash(passages) != manifest["knowledge"]
+            or len(found) != manifest["n_units"]
+            or any(mean.shape != (embedder.dim,) or not np.isfinite(mean).all() for mean in means.values())
+        ):
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
-        return Index(passages, vectors, means, manifest["embedder"], manifest["knowledge"])
-    except IndexDamaged:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as exc:
-        # faiss raises RuntimeError for anything it cannot read; JSON's error is a ValueError.
+        vectors = LocalVectors.load(folder, sums, sides_of(found), embedder.dim)
+        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise IndexDamaged(f"{folder.name} cannot be read: {exc}") from exc
 
 

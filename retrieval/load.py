@@ -1,17 +1,16 @@
 """
-A store folder -> passages, or every fault in it at once. Reads files; embeds and indexes nothing.
+A store folder -> passages, or every fault in it at once. Embeds and indexes nothing.
 
-Knows the column names of the store folder (faqs.csv, promotions.csv, products.csv, policies/*.md, *.jsonl) and how
-facts become sentences in a visitor's language. Of store.toml it reads `timezone` and `languages` only; the rest is the
-bot's. All or nothing: one bad row and nothing is returned, so that no half of a store goes live.
+Knows the column names of the store folder (faqs.csv, promotions.csv, products.csv, policies/*.md, *.jsonl, knowledge/)
+and how facts become sentences in a visitor's language; how bytes become rows and text is known to `importing/`. Of
+store.toml it reads `timezone` and `languages` only; the rest is the bot's. All or nothing: one bad row and nothing is
+returned, so that no half of a store goes live.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 import json
 import re
 import tomllib
@@ -25,13 +24,19 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from retrieval.errors import BadStore, Fault
+from retrieval.importing.columns import SheetKind
+from retrieval.importing.files import knowledge_files, stamps
+from retrieval.importing.limits import MAX_CELL_CHARS, MAX_ROWS
+from retrieval.importing.plain import tables_as_facts
+from retrieval.importing.reading import json_lines as json_lines  # evaluate.py reads its questions with it
+from retrieval.importing.reading import read_file
+from retrieval.importing.tables import Entry, Options, entry_id, source_entries
+from retrieval.importing.text import read_csv, read_text
 from retrieval.passages import Kind, Passage
-from retrieval.words import detect_lang, squash
+from retrieval.recurrence import Recurrence, dump_repeats, load_repeats, parse_repeats
+from retrieval.terms import MAX_GROUPS, MAX_IN_GROUP, MAX_TERM_CHARS, Terms
+from retrieval.words import detect_lang, fold, squash
 
-MAX_FILE_BYTES = 64 * 2**20
-MAX_ROWS = 10**6
-MAX_COLUMNS = 1_000
-MAX_CELL_CHARS = 100_000
 SECTION_CHARS = 600  # longer policy sections are cut at paragraphs: what is quoted to a visitor has to stay readable
 
 _SIGNS = {
@@ -69,22 +74,104 @@ def load_store(store_dir: Path, zone: tzinfo | None = None) -> list[Passage]:
     clock = load_clock(store_dir, faults)
     if zone is not None:
         clock = Clock(zone, clock.languages)
-    passages: list[Passage] = []
-    for name, read in (("faqs.csv", _faqs), ("promotions.csv", _promotions), ("products.csv", _products)):
-        path = store_dir / name
-        if path.is_file():
-            passages.extend(read(_Rows(path, name, faults), clock))
-    for path in sorted((store_dir / "policies").glob("*.md")):
-        passages.extend(_policy(path, f"policies/{path.name}", faults))
-    for path in sorted([*store_dir.glob("*.jsonl"), *(store_dir / "knowledge").glob("*.jsonl")]):
-        passages.extend(_knowledge(path, path.relative_to(store_dir).as_posix(), clock.zone, faults))
+    # Read again where a file changed in between: half of one state and half of another is a state nobody wrote.
+    for _ in range(5):
+        files = knowledge_files(store_dir)
+        before = stamps(files)
+        found: list[Fault] = []
+        passages = _load_files(files, clock, found)
+        after = knowledge_files(store_dir)
+        # A staged file that an import moved away meanwhile is a fault of the moment.
+        if stamps(after) == before and (not found or after == files):
+            break
+    faults.extend(found)
     faults.extend(_duplicate_ids(passages))
+    _terms(store_dir, faults)
     if not passages and not faults:
         problem = "no knowledge: add faqs.csv, policies/*.md, promotions.csv or products.csv"
         faults.append(Fault(str(store_dir), None, None, problem))
     if faults:
         raise BadStore(faults)
     return passages
+
+
+def load_terms(store_dir: Path) -> Terms:
+    """
+    Return the store's own terms, of terms.csv, with the shipped synonyms; the latter alone where there is no file.
+
+    Raises:
+        BadStore: with every fault of the file.
+    """
+    faults: list[Fault] = []
+    groups = _terms(store_dir, faults)
+    if faults:
+        raise BadStore(faults)
+    return Terms(groups)
+
+
+def _terms(store_dir: Path, faults: list[Fault]) -> list[tuple[str, ...]]:
+    path = store_dir / "terms.csv"
+    groups: list[tuple[str, ...]] = []
+    if not path.is_file():
+        return groups
+    for row in _Rows(path, "terms.csv", faults).read(("term", "synonyms"), ("lang",)):
+        group = [row.need("term")]
+        group += [term.strip() for term in re.split(r"[|｜\n]", row.need("synonyms")) if term.strip()]
+        if len(groups) == MAX_GROUPS:
+            row.fault("term", f"more than {MAX_GROUPS:,} terms; remove those that no visitor uses")
+            return groups
+        if len(group) > MAX_IN_GROUP:
+            row.fault("synonyms", f"{len(group) - 1} synonyms, more than {MAX_IN_GROUP - 1}; keep those visitors use")
+        for field, term in zip(["term", *["synonyms"] * len(group)], group, strict=False):
+            if term and len(squash(term)) < 2:
+                row.fault(field, f"{term!r} is too short to be told from other words; write two characters or more")
+            elif len(term) > MAX_TERM_CHARS:
+                row.fault(field, f"{term[:20]!r}… is longer than {MAX_TERM_CHARS} characters; write the word alone")
+        if not row.n_faults and len({fold(term) for term in group}) < 2:
+            row.fault("synonyms", "says the term again; write other words for it")
+        if not row.n_faults:
+            groups.append(tuple(group))
+    return groups
+
+
+def _load_files(files: Mapping[str, Path], clock: Clock, faults: list[Fault]) -> list[Passage]:
+    """Return the passages of all files of a store, in the order of the docstring above."""
+    passages: list[Passage] = []
+    for name, read in (("faqs.csv", _faqs), ("promotions.csv", _promotions), ("products.csv", _products)):
+        if name in files:
+            passages.extend(read(_Rows(files[name], name, faults), clock))
+    for name in (name for name in files if name.startswith("policies/")):
+        text = read_text(files[name], name, faults)
+        if text is not None:
+            passages.extend(_document(text, Path(name).stem, name, faults))
+    for name in (name for name in files if name.endswith(".jsonl")):
+        passages.extend(_knowledge(files[name], name, clock.zone, faults))
+    for name in files:
+        if name.startswith("knowledge/") and not name.endswith(".jsonl"):
+            passages.extend(_foreign(files[name], name, clock, faults))
+    return passages
+
+
+def _foreign(path: Path, name: str, clock: Clock, faults: list[Fault]) -> Iterator[Passage]:
+    """Yield the passages of a file in knowledge/: sheets are FAQs, products or promotions, documents are pages."""
+    source = read_file(path, name, faults)
+    if source is None:
+        return
+    if source.markdown is not None:
+        yield from _document(source.markdown, Path(name).name, name, faults, kind="page")
+        return
+    for columns, entries in source_entries(source.tables, Options(), faults, []):
+        yield from check_entries(columns.kind, entries, clock, faults)
+    for row, entry in source.pages:
+        passage = _entry(entry, f"{name}:{row}", clock.zone, name, row, faults)
+        if passage is not None:
+            yield passage
+
+
+def check_entries(kind: SheetKind, entries: Sequence[Entry], clock: Clock, faults: list[Fault]) -> list[Passage]:
+    """Return the passages of a sheet's entries; what is wrong with them goes to `faults`, by the sheet's own names."""
+    read = {"faqs": _faqs, "promotions": _promotions, "products": _products}[kind]
+    return list(read(_Entries(kind, entries, faults), clock))
 
 
 def load_knowledge(path: Path, zone: tzinfo = UTC) -> list[Passage]:
@@ -111,7 +198,7 @@ def load_clock(store_dir: Path, faults: list[Fault]) -> Clock:
     languages: tuple[str, ...] = ("zh", "en")
     if not path.is_file():
         return Clock(zone, languages)
-    text = _read_text(path, "store.toml", faults)
+    text = read_text(path, "store.toml", faults)
     if text is None:
         return Clock(zone, languages)
     try:
@@ -177,6 +264,7 @@ def dump_passage(passage: Passage) -> dict[str, Any]:
         "valid_until": passage.valid_until.isoformat() if passage.valid_until else None,
         "approved": passage.approved,
         "meta": dict(passage.meta),
+        "repeats": dump_repeats(passage.repeats) if passage.repeats else None,
     }
 
 
@@ -199,38 +287,11 @@ def parse_passage(entry: Mapping[str, Any]) -> Passage:
         valid_until=datetime.fromisoformat(entry["valid_until"]) if entry["valid_until"] else None,
         approved=entry["approved"],
         meta=MappingProxyType(entry["meta"]),
+        repeats=load_repeats(entry["repeats"]) if entry["repeats"] else None,
     )
 
 
 # --- one file, its rows and its cells ---------------------------------------------------------------------------------
-
-
-def _read_text(path: Path, name: str, faults: list[Fault]) -> str | None:
-    """Return a file's text, or None and a fault. UTF-8 first, then what Excel writes in China (GB18030)."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            limit = MAX_FILE_BYTES // 2**20
-            faults.append(Fault(name, None, None, f"{size / 2**20:.0f} MiB, more than {limit} MiB; split the file"))
-            return None
-        raw = path.read_bytes()
-    except OSError as exc:
-        faults.append(Fault(name, None, None, f"cannot be read ({exc.strerror or exc}); check its permissions"))
-        return None
-    # BOMs first: UTF-16 bytes are valid GB18030 often enough to come out as nonsense.
-    order = ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "gb18030")
-    for encoding in order:
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if "\0" in text:
-            line = text.count("\n", 0, text.index("\0")) + 1
-            faults.append(Fault(name, line, None, "holds a NUL byte: not a text file; export it again as CSV UTF-8"))
-            return None
-        return text
-    faults.append(Fault(name, None, None, "is neither UTF-8 nor GB18030; save it again as CSV UTF-8"))
-    return None
 
 
 class _Rows:
@@ -243,42 +304,28 @@ class _Rows:
 
     def read(self, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[_Row]:
         """Yield the rows with all their cells stripped; rows without any text are passed over."""
-        text = _read_text(self.path, self.name, self.faults)
-        if text is None:
-            return
-        head = text.split("\n", 1)[0]
-        # A semicolon or tab file is what Excel writes under a European or "text" setting.
-        delimiter = max(",;\t", key=head.count) if head.count(",") == 0 else ","
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        row = 1
-        try:
-            header = [cell.strip().lower() for cell in next(reader, [])]
-            if not self._check_header(header, required, optional):
-                return
-            for row, cells in enumerate(reader, start=2):
-                if row > MAX_ROWS + 1:
-                    self.faults.append(Fault(self.name, row, None, f"more than {MAX_ROWS:,} rows; split the file"))
+        header: list[str] = []
+        n_faults = len(self.faults)
+        for record in read_csv(self.path, self.name, self.faults):
+            cells = record.cells
+            if not header:
+                header = [cell.strip().lower() for cell in cells]
+                if not self._check_header(header, required, optional):
                     return
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
-                    problem = f"{len(cells)} cells under {len(header)} columns; put cells with commas in double quotes"
-                    self.faults.append(Fault(self.name, row, None, problem))
-                    continue
-                values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-                if self._fits(row, values):
-                    yield _Row(self, row, values)
-        except csv.Error as exc:
-            # Raised for the row under way: the one after the last that came out whole.
-            problem = f"not CSV ({exc}); check the double quotes, double those inside a cell"
-            if "field larger" in str(exc):
-                problem = f"a cell has more than {MAX_CELL_CHARS:,} characters; split it, or close its double quote"
-            self.faults.append(Fault(self.name, row + 1, None, problem))
+                continue
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+                problem = f"{len(cells)} cells under {len(header)} columns; put cells with commas in double quotes"
+                self.faults.append(Fault(self.name, record.row, None, problem))
+                continue
+            values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+            if self._fits(record.row, values):
+                yield _Row(self, record.row, values)
+        if not header and len(self.faults) == n_faults:
+            self._check_header(header, required, optional)
 
     def _check_header(self, header: list[str], required: tuple[str, ...], optional: tuple[str, ...]) -> bool:
-        if len(header) > MAX_COLUMNS:
-            self.faults.append(Fault(self.name, 1, None, f"{len(header):,} columns, more than {MAX_COLUMNS:,}"))
-            return False
         n_faults = len(self.faults)
         known = required + optional
         for column in header:
@@ -304,22 +351,51 @@ class _Rows:
         return True
 
 
+class _Entries:
+    """The entries of a merchant's sheet, read as the rows of the store's own files are."""
+
+    def __init__(self, kind: SheetKind, entries: Sequence[Entry], faults: list[Fault]) -> None:
+        self.kind = kind
+        self.entries = entries
+        self.faults = faults
+
+    def read(self, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[_Row]:
+        """Yield the entries as rows, each with an id."""
+        for entry in self.entries:
+            self.name = entry.file
+            values = {**entry.values, "id": entry_id(self.kind, entry.values)}
+            long = next((name for name in values if len(values[name]) > MAX_CELL_CHARS), None)
+            if long is not None:
+                problem = f"{len(values[long]):,} characters, more than {MAX_CELL_CHARS:,}; split it into several rows"
+                self.faults.append(Fault(entry.file, entry.row, entry.labels.get(long, long), problem))
+                continue
+            yield _Row(self, entry.row, values, entry.labels)
+
+
 class _Row:
     """One row: its cells by name, and where to complain."""
 
-    def __init__(self, rows: _Rows, number: int, values: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        rows: _Rows | _Entries,
+        number: int,
+        values: Mapping[str, str],
+        labels: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.rows = rows
+        self.name = rows.name
         self.number = number
         self.values = values
+        self.labels = labels  # what the merchant calls a field, where not by its name
         self.n_faults = 0
 
     @property
     def source(self) -> str:
-        return f"{self.rows.name}:{self.number}"
+        return f"{self.name}:{self.number}"
 
     def fault(self, field: str, problem: str) -> None:
         self.n_faults += 1
-        self.rows.faults.append(Fault(self.rows.name, self.number, field, problem))
+        self.rows.faults.append(Fault(self.name, self.number, self.labels.get(field, field), problem))
 
     def cell(self, field: str) -> str:
         return self.values.get(field, "")
@@ -347,6 +423,13 @@ class _Row:
         if starts_at and ends_at and starts_at >= ends_at:
             self.fault(start, f"{self.cell(start)} is not before {end} {self.cell(end)}; swap or correct them")
         return starts_at, ends_at
+
+    def repeats(self, zone: tzinfo, starts_at: datetime | None, ends_at: datetime | None) -> Recurrence | None:
+        try:
+            return repeats_within(self.cell("repeats"), zone, starts_at, ends_at)
+        except ValueError as exc:
+            self.fault("repeats", str(exc))
+            return None
 
     def lang(self, text: str) -> str:
         return (self.cell("lang").lower().replace("_", "-").split("-")[0]) or detect_lang(text)
@@ -377,6 +460,23 @@ def parse_time(value: str, zone: tzinfo, *, until: bool) -> datetime:
     return _fixed(moment, zone)
 
 
+def repeats_within(text: str, zone: tzinfo, starts_at: datetime | None, ends_at: datetime | None) -> Recurrence | None:
+    """
+    Return the repetition that a `repeats` cell says, None where it is empty.
+
+    Raises:
+        ValueError: it says none, or one that never falls between the two times; the message is the fault.
+    """
+    if not text:
+        return None
+    recurrence = parse_repeats(text, zone, starts_at)
+    if starts_at is not None and not recurrence.holds(starts_at):
+        first = recurrence.next_start(starts_at)
+        if first is None or (ends_at is not None and first >= ends_at):
+            raise ValueError("never falls between the start and the end; correct one of the three")
+    return recurrence
+
+
 def _fixed(moment: datetime, zone: tzinfo) -> datetime:
     try:
         local = moment.astimezone(zone)
@@ -401,11 +501,12 @@ def _unique(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(seen.values())
 
 
-def _faqs(rows: _Rows, clock: Clock) -> Iterator[Passage]:
-    optional = ("lang", "questions", "tags", "valid_from", "valid_until")
+def _faqs(rows: _Rows | _Entries, clock: Clock) -> Iterator[Passage]:
+    optional = ("lang", "questions", "tags", "valid_from", "valid_until", "repeats")
     for row in rows.read(("id", "question", "answer"), optional):
         faq_id, question, answer = row.need("id"), row.need("question"), row.need("answer")
         starts_at, ends_at = row.period("valid_from", "valid_until", clock.zone)
+        repeats = row.repeats(clock.zone, starts_at, ends_at)
         if row.n_faults:
             continue
         tags = [tag.strip() for tag in re.split(r"[|｜,，;；\n]", row.cell("tags")) if tag.strip()]
@@ -421,14 +522,16 @@ def _faqs(rows: _Rows, clock: Clock) -> Iterator[Passage]:
             valid_until=ends_at,
             approved=True,
             meta=MappingProxyType({"tags": tags}),
+            repeats=repeats,
         )
 
 
-def _promotions(rows: _Rows, clock: Clock) -> Iterator[Passage]:
+def _promotions(rows: _Rows | _Entries, clock: Clock) -> Iterator[Passage]:
     required = ("id", "title", "description", "starts_at", "ends_at")
-    for row in rows.read(required, ("code", "lang", "products", "conditions")):
+    for row in rows.read(required, ("code", "lang", "products", "conditions", "repeats")):
         promotion_id, title = row.need("id"), row.need("title")
         starts_at, ends_at = row.period("starts_at", "ends_at", clock.zone)
+        repeats = row.repeats(clock.zone, starts_at, ends_at)
         if row.n_faults:
             continue
         description, conditions, code = row.cell("description"), row.cell("conditions"), row.cell("code")
@@ -439,7 +542,7 @@ def _promotions(rows: _Rows, clock: Clock) -> Iterator[Passage]:
             sentences.append(f"优惠码：{code}。" if zh else f"Code: {code}.")
         if conditions:
             sentences.append(_sentence(conditions, zh))
-        sentences.append(_dates(starts_at, ends_at, zh))
+        sentences.append(_dates(starts_at, ends_at, zh, repeats))
         products = [entry.strip() for entry in re.split(r"[|｜,，;；、\n]", row.cell("products")) if entry.strip()]
         yield Passage(
             id=promotion_id,
@@ -461,10 +564,11 @@ def _promotions(rows: _Rows, clock: Clock) -> Iterator[Passage]:
                     "ends_at": ends_at.isoformat() if ends_at else None,
                 }
             ),
+            repeats=repeats,
         )
 
 
-def _products(rows: _Rows, clock: Clock) -> Iterator[Passage]:
+def _products(rows: _Rows | _Entries, clock: Clock) -> Iterator[Passage]:
     optional = ("description", "currency", "url", "image", "category", "stock", "lang", "sku")
     for row in rows.read(("id", "title", "price"), optional):
         product_id, title = row.need("id"), row.need("title")
@@ -539,37 +643,50 @@ def money(amount: Decimal, currency: str) -> str:
     return f"{sign}{number}" if sign else f"{number} {currency}".strip()
 
 
-def _policy(path: Path, name: str, faults: list[Fault]) -> Iterator[Passage]:
-    """Yield one passage a section: under the title and under each heading of two # and more."""
-    text = _read_text(path, name, faults)
-    if text is None:
-        return
+def _document(text: str, stem: str, name: str, faults: list[Fault], kind: Kind = "policy") -> Iterator[Passage]:
+    """
+    Yield one passage a section of a Markdown text: under the title and under each heading of two # and more.
+
+    `stem` begins the ids. A line `<!-- page 3 -->` says that the text after it stands on page 3 of a PDF: without
+    headings each page is a section, and a PDF's passages name the page as their source.
+    """
     if not text.strip():
         faults.append(Fault(name, None, None, "is empty; write the policy or remove the file"))
         return
-    stem, _, suffix = path.stem.rpartition(".")
-    lang = suffix.lower() if stem and suffix.lower() in ("zh", "en") else detect_lang(text)
-    title, lines = path.stem, list[str]()
+    base, _, suffix = (Path(stem).stem if kind == "page" else stem).rpartition(".")
+    own = suffix.lower() if base and suffix.lower() in ("zh", "en") else ""
+    whole = detect_lang(text)
+    page = ""
+    title, lines = stem, list[str]()
     headings: dict[int, str] = {}
-    sections: list[tuple[str, str]] = []  # (headings below the title, joined by " > "; text)
+    sections: list[tuple[str, str, str]] = []  # (headings below the title, joined by " > "; text; page)
     fenced = False
+    begun = ""  # the page the section under way began on
     for line in _without_front_matter(text).splitlines():
         fenced ^= line.lstrip().startswith("```")
+        mark = re.fullmatch(r"<!-- page (\d+) -->", line)
+        if mark is not None:
+            page = mark[1]
+            if not headings:
+                sections.append(("", "\n".join(lines).strip(), begun))
+                lines, begun = [], page
+            continue
         heading = None if fenced else re.match(r"(#{1,6})\s+(.*?)\s*#*$", line)
         if heading is None:
             lines.append(line)
             continue
-        sections.append((" > ".join(headings.values()), "\n".join(lines).strip()))
-        lines, depth = [], len(heading[1])
+        sections.append((" > ".join(headings.values()), "\n".join(lines).strip(), begun))
+        lines, begun, depth = [], page, len(heading[1])
         if depth == 1:
             title, headings = heading[2], {}
         else:
             headings = {level: kept for level, kept in headings.items() if level < depth} | {depth: heading[2]}
-    sections.append((" > ".join(headings.values()), "\n".join(lines).strip()))
+    sections.append((" > ".join(headings.values()), "\n".join(lines).strip(), begun))
     anchors: dict[str, int] = {}
-    for heading_path, body in sections:
+    for heading_path, body, on in sections:
         for part in _parts(_plain(body)):
-            anchor = re.sub(r"[^\w]+", "-", heading_path.split(" > ")[-1].lower()).strip("-") or "top"
+            anchor = re.sub(r"[^\w]+", "-", heading_path.split(" > ")[-1].lower()).strip("-")
+            anchor = anchor or (f"page-{on}" if on else "top")
             anchors[anchor] = anchors.get(anchor, 0) + 1
             if anchors[anchor] > 1:
                 anchor = f"{anchor}-{anchors[anchor]}"
@@ -578,14 +695,14 @@ def _policy(path: Path, name: str, faults: list[Fault]) -> Iterator[Passage]:
                 faults.append(Fault(name, None, heading_path or None, problem))
                 continue
             yield Passage(
-                id=f"{path.stem}#{anchor}",
-                kind="policy",
+                id=f"{stem}#{anchor}",
+                kind=kind,
                 title=f"{title} > {heading_path}" if heading_path else title,
                 text=part,
-                lang=lang,
-                source=f"{name}#{anchor}",
+                lang=own or (detect_lang(part) if len(part) >= 20 else "") or whole,
+                source=f"{name}#page-{on}" if on and name.lower().endswith(".pdf") else f"{name}#{anchor}",
                 questions=_unique([heading_path.split(" > ")[-1]]),
-                meta=MappingProxyType({"policy": stem or path.stem}),
+                meta=MappingProxyType({"policy": base or stem}),
             )
 
 
@@ -595,9 +712,10 @@ def _without_front_matter(text: str) -> str:
 
 def _plain(markdown: str) -> str:
     """Return Markdown as it is said: links by their words, no emphasis marks, no HTML comments; lists stay lists."""
-    text = re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL)
+    text = tables_as_facts(re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL))
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"(\*\*|__|`)(.+?)\1", r"\2", text).strip()
+    text = re.sub(r"(\*\*|__|`)(.+?)\1", r"\2", text)
+    return re.sub(r"^(\s*)\\(#|```|---)", r"\1\2", text, flags=re.MULTILINE).strip()
 
 
 def _parts(body: str) -> list[str]:
@@ -611,21 +729,8 @@ def _parts(body: str) -> list[str]:
     return parts
 
 
-def json_lines(lines: Sequence[str], name: str, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, value) of JSONL; blank lines are left out, lines that are no JSON go to `faults`."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as exc:
-            faults.append(Fault(name, number, None, f"not JSON ({exc}); one object a line"))
-            continue
-        yield number, value
-
-
 def _knowledge(path: Path, name: str, zone: tzinfo, faults: list[Fault]) -> list[Passage]:
-    text = _read_text(path, name, faults)
+    text = read_text(path, name, faults)
     found: list[Passage] = []
     if text is None:
         return found
@@ -684,6 +789,11 @@ def _entry(
         faults.append(Fault(name, number, "id", "is missing; give every entry an id of its own"))
     if starts_at and ends_at and starts_at >= ends_at:
         faults.append(Fault(name, number, "valid_from", "is not before valid_until; swap or correct them"))
+    repeats: Recurrence | None = None
+    try:
+        repeats = repeats_within(text_of("repeats"), zone, starts_at, ends_at)
+    except ValueError as exc:
+        faults.append(Fault(name, number, "repeats", str(exc)))
     if not (answer or body or question or title) and len(faults) == n_faults:
         faults.append(Fault(name, number, "text", "nothing to quote; give a text, or a question and an answer"))
     if len(faults) > n_faults:
@@ -702,6 +812,7 @@ def _entry(
         valid_until=ends_at,
         approved=kind == "faq",
         meta=MappingProxyType({}),
+        repeats=repeats,
     )
 
 
@@ -728,9 +839,9 @@ def _join(sentences: Iterable[str], zh: bool) -> str:
     return ("" if zh else " ").join(sentence for sentence in sentences if sentence)
 
 
-def _dates(starts_at: datetime | None, ends_at: datetime | None, zh: bool) -> str:
+def _dates(starts_at: datetime | None, ends_at: datetime | None, zh: bool, repeats: Recurrence | None = None) -> str:
     """
-    Return the validity as a sentence, in the offset the times carry, "" where there is none.
+    Return the validity as a sentence, in the offset the times carry, "" where there is none; two where it repeats.
 
     An end at midnight is said as the day before, inclusive: nobody reads "until 1 December" as "not on 1 December".
     """
@@ -741,6 +852,9 @@ def _dates(starts_at: datetime | None, ends_at: datetime | None, zh: bool) -> st
         since = _day_zh(starts_at, True) if starts_at else ""
         until = _day_zh(last, starts_at is None or year_of_start, inclusive) if last else ""
         ending = "（含）" if inclusive else ""
+        if repeats is not None:
+            within = f"{since}至{until}{ending}" if since and until else f"{since}起" if since else f"至{until}{ending}"
+            return f"活动时间：{repeats.describe('zh')}。" + (f"有效期：{within}。" if since or until else "")
         if since and until:
             return f"活动时间：{since}至{until}{ending}。"
         if until:
@@ -749,6 +863,9 @@ def _dates(starts_at: datetime | None, ends_at: datetime | None, zh: bool) -> st
     since = _day_en(starts_at, year_of_start) if starts_at else ""
     until = _day_en(last, True, inclusive) if last else ""
     ending = " (inclusive)" if inclusive else ""
+    if repeats is not None:
+        within = f"{f'from {since} to' if since else 'until'} {until}{ending}" if until else f"from {since}"
+        return f"Runs {repeats.describe('en')}." + (f" Valid {within}." if since or until else "")
     if since and until:
         return f"Runs from {since} to {until}{ending}."
     if until:

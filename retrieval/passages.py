@@ -12,6 +12,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Literal
 
+from retrieval.recurrence import Recurrence
+
 Kind = Literal["faq", "policy", "promotion", "product", "page"]
 
 
@@ -30,6 +32,7 @@ class Passage:
     valid_until: datetime | None = None  # aware; exclusive
     approved: bool = False  # may be sent to visitors word for word
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # price, code, category, stock, …
+    repeats: Recurrence | None = None  # between the two times it holds in these windows only; None: all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,31 @@ class Hit:
 
 
 def is_valid(passage: Passage, now: datetime) -> bool:
-    """Return whether `passage` holds at `now` (aware): from `valid_from` on, until before `valid_until`."""
+    """Return whether `passage` holds at `now` (aware): `valid_from` to before `valid_until`, when it `repeats`."""
     if passage.valid_from is not None and now < passage.valid_from:
         return False
-    return passage.valid_until is None or now < passage.valid_until
+    if passage.valid_until is not None and now >= passage.valid_until:
+        return False
+    return passage.repeats is None or passage.repeats.holds(now)
+
+
+def next_valid(passage: Passage, now: datetime) -> datetime | None:
+    """Return the first moment from `now` (aware) on at which `passage` holds: `now` itself, or later; None if never."""
+    moment: datetime | None = now
+    if passage.valid_from is not None and now < passage.valid_from:
+        moment = passage.valid_from
+    if moment is not None and passage.repeats is not None and not passage.repeats.holds(moment):
+        moment = passage.repeats.next_start(moment)
+    if moment is None or (passage.valid_until is not None and moment >= passage.valid_until):
+        return None
+    return moment
+
+
+def last_valid_end(passage: Passage, now: datetime) -> datetime | None:
+    """Return when `passage`, which will not hold again after `now`, ended (exclusive); None where it never held."""
+    end = passage.valid_until
+    if passage.repeats is None or end is None:
+        return end
+    last = passage.repeats.last_end(min(end, now))
+    began = passage.valid_from
+    return None if last is None or (began is not None and last <= began) else last

@@ -7,11 +7,7 @@ built once and for all, in evaluation for instance, it is all one needs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections.abc import Collection
@@ -27,17 +23,22 @@ from pydantic import ConfigDict
 
 from retrieval.embedder import Embedder, Progress, VectorCache
 from retrieval.errors import BadStore, Fault, IndexDamaged
+from retrieval.explain import Explanation
 from retrieval.hybrid import HybridRetriever
+from retrieval.importing.files import knowledge_files, stamps
 from retrieval.index import Index, build_index, load_index
-from retrieval.load import content_hash, load_store, load_zone
+from retrieval.load import content_hash, load_store, load_terms, load_zone
 from retrieval.passages import Hit, Passage
+from retrieval.snapshots import Snapshots
+from retrieval.terms import Terms
+from retrieval.tuning import Tuning, Tunings, tuned_retriever
+from retrieval.vectorstore import VectorServer
 
 __all__ = ["HybridRetriever", "LiveRetriever", "Retriever", "Status", "ZhangguiRetriever"]
 
 log = logging.getLogger("retrieval")
 
 POLL_S = 1.0
-N_SNAPSHOTS = 3  # kept on disk: the live one and two to go back to
 
 
 class Retriever(Protocol):
@@ -71,6 +72,8 @@ class Status:
     n_done: int = 0  # texts embedded of the build under way
     n_total: int = 0
     remaining_s: float | None = None  # estimate for the build under way; None where nothing is known yet
+    pinned: str | None = None  # the version a rollback asked for, while it is served
+    notes: tuple[str, ...] = ()  # what else is not as usual, a sentence each
 
 
 class LiveRetriever:
@@ -89,12 +92,14 @@ class LiveRetriever:
         timezone: tzinfo | None = None,
         *,
         progress: Progress | None = None,
+        vectors: VectorServer | None = None,
     ) -> None:
         """
         Load the snapshot of what is in `store_dir` now, or build it: blocks for a second, or minutes the first time.
 
         With faulty files and an older snapshot of the same folder, that snapshot is served and `status` has the faults.
-        `timezone` is for those who have read store.toml already; by default it is read here.
+        `timezone` is for those who have read store.toml already; by default it is read here. With `vectors` the nearest
+        are looked for there, and here while it does not answer.
 
         Raises:
             BadStore: the files are faulty and nothing older is there to serve.
@@ -111,24 +116,35 @@ class LiveRetriever:
         self._watcher: threading.Thread | None = None
         self._n_done, self._n_total, self._began = 0, 0, 0.0
         self._faults: tuple[Fault, ...] = ()
+        self._vectors = vectors
+        self._snapshots = Snapshots(self.cache_dir, self.store_dir)
+        self._pinned: str | None = None
+        self._note = ""
+        self._live: HybridRetriever | None = None
+        self._tuned: Tuning | None = None
         self._seen = self._look()
         try:
-            self._live = HybridRetriever(self._load_or_build(), embedder)
-        except BadStore as exc:
-            older = self._latest()
-            if older is None:
-                self._cache.close()
-                raise
-            self._report(exc.faults)
-            self._live = HybridRetriever(older, embedder)
-        self._loaded_at = _now()
+            self.reload()
+        except BaseException:
+            self._cache.close()
+            raise
 
     # --- searching: each delegates to one index, taken once -----------------------------------------------------------
 
     @property
     def version(self) -> str:
-        """Content hash of the knowledge being searched; stamped on every reply."""
-        return self._live.version
+        """Content hash of the knowledge being searched, then "+" and the tuning where one is in use; on every reply."""
+        return self._serving.version + (f"+{self._tuned.version}" if self._tuned else "")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The confidences for the risk the store chose, "direct" and "answer"; empty where it chose none."""
+        return dict(self._tuned.thresholds) if self._tuned else {}
+
+    @property
+    def _serving(self) -> HybridRetriever:
+        assert self._live is not None  # from the end of __init__ on
+        return self._live
 
     @property
     def zone(self) -> tzinfo:
@@ -139,21 +155,27 @@ class LiveRetriever:
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]:
         """See `HybridRetriever.search`."""
-        return self._live.search(query, k, now=now, lang=lang, kinds=kinds)
+        return self._serving.search(query, k, now=now, lang=lang, kinds=kinds)
 
     def expired(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]:
         """See `HybridRetriever.expired`."""
-        return self._live.expired(query, k, now=now, lang=lang, kinds=kinds)
+        return self._serving.expired(query, k, now=now, lang=lang, kinds=kinds)
+
+    def explain(
+        self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
+    ) -> Explanation:
+        """See `HybridRetriever.explain`."""
+        return self._serving.explain(query, k, now=now, lang=lang, kinds=kinds)
 
     def current(self, kind: str, *, now: datetime, lang: str | None = None) -> list[Passage]:
         """See `HybridRetriever.current`."""
-        return self._live.current(kind, now=now, lang=lang)
+        return self._serving.current(kind, now=now, lang=lang)
 
     def get(self, passage_id: str) -> Passage | None:
         """See `HybridRetriever.get`."""
-        return self._live.get(passage_id)
+        return self._serving.get(passage_id)
 
     # --- keeping up ---------------------------------------------------------------------------------------------------
 
@@ -171,10 +193,12 @@ class LiveRetriever:
             self._watcher = None
         with self._building:
             self._cache.close()
+        if self._vectors is not None:
+            self._vectors.close()
 
     def status(self) -> Status:
         """Return what is live now; does not block."""
-        live, building = self._live, self._building.locked()
+        live, building = self._serving, self._building.locked()
         remaining_s = None
         if building and self._n_done:
             remaining_s = (time.monotonic() - self._began) / self._n_done * (self._n_total - self._n_done)
@@ -187,6 +211,8 @@ class LiveRetriever:
             n_done=self._n_done if building else 0,
             n_total=self._n_total if building else 0,
             remaining_s=remaining_s,
+            pinned=self._pinned,
+            notes=tuple(note for note in (self._note, self._vectors.problem if self._vectors else "") if note),
         )
 
     def reload(self) -> bool:
@@ -198,20 +224,30 @@ class LiveRetriever:
         Raises:
             RetrievalError: the embedder failed; the old knowledge goes on.
         """
+        faults: tuple[Fault, ...] = ()
+        passages: list[Passage] | None = None
         try:
-            index = self._load_or_build()
+            passages = load_store(self.store_dir, zone=self._zone)
         except BadStore as exc:
-            self._report(exc.faults)
-            return False
-        if index.version != self._live.version:
-            self._live = HybridRetriever(index, self.embedder)
+            faults = exc.faults
+        with self._building:
+            index = self._choose(passages)
+        if index is None:
+            raise BadStore(faults)  # at the start only: later there is at least what is live
+        self._report(faults)
+        terms, tuning = self._terms(), self._tuning()
+        known = self._live is not None and index is self._live.index
+        if not known or terms != self._serving.reader.terms or tuning != self._tuned:
+            if self._vectors is not None and not known:
+                self._vectors.attach(index, self.embedder, self._cache)
+            self._live = tuned_retriever(index, self.embedder, self._cache, terms, tuning)
+            self._tuned = tuning
             self._loaded_at = _now()
-            log.info("knowledge %s is live: %d passages", index.version, len(index.passages))
-        self._faults = ()
-        return True
+            log.info("knowledge %s is live: %d passages", self.version, len(index.passages))
+        return not faults
 
     def _watch(self) -> None:
-        pending: dict[str, tuple[int, int]] | None = None
+        pending: object = None
         while not self._closing.wait(POLL_S):
             found = self._look()
             if found == self._seen:
@@ -227,73 +263,99 @@ class LiveRetriever:
             except Exception:  # the watcher must live: the next change may be the repair
                 log.exception("the knowledge could not be rebuilt; the old one goes on")
 
-    def _look(self) -> dict[str, tuple[int, int]]:
-        """Return mtime and size of every file that knowledge may come from."""
-        found: dict[str, tuple[int, int]] = {}
-        folders = (("", ("*.csv", "*.jsonl", "store.toml")), ("policies", ("*.md",)), ("knowledge", ("*.jsonl",)))
-        for folder, patterns in folders:
-            for pattern in patterns:
-                for path in (self.store_dir / folder).glob(pattern):
-                    try:
-                        stat = path.stat()
-                    except OSError:
-                        continue  # gone since it was listed
-                    found[f"{folder}/{path.name}"] = (stat.st_mtime_ns, stat.st_size)
-        return found
+    def _look(self) -> tuple[object, ...]:
+        """Return what tells of a change: every file that knowledge may come from, and the version pinned."""
+        tuned = Tunings.of_store(self.store_dir).folder / "current.json"
+        return stamps(knowledge_files(self.store_dir)), self._snapshots.pinned(), stamps({"tuned": tuned})
 
-    def _load_or_build(self) -> Index:
-        with self._building:
-            passages = load_store(self.store_dir, zone=self._zone)
-            version = content_hash(passages)
-            folder = self._snapshots / f"{version}-{_safe(self.embedder.version)}"
+    def _choose(self, passages: list[Passage] | None) -> Index | None:
+        """Return what to serve: the pinned index, that of `passages`, or where they are faulty the newest there is."""
+        live = None if self._live is None else self._live.index
+        pinned = self._snapshots.pinned()
+        if pinned is not None:
+            found = live if live is not None and live.version == pinned else self._load_pinned(pinned)
+            if found is not None:
+                self._pinned, self._note = pinned, f"version {pinned} is pinned by a rollback; changed files wait"
+                return found
+            self._note = f"version {pinned} was pinned, but its snapshot is gone or damaged; the newest is served"
+            log.warning("%s", self._note)
+        else:
+            self._note = ""
+        was_pinned, self._pinned = self._pinned is not None, None
+        if passages is None:
+            return live if live is not None and not was_pinned else self._newest() or live
+        return self._load_or_build(passages, live)
+
+    def _load_pinned(self, version: str) -> Index | None:
+        folder = self._snapshots.of_version(version, self.embedder.version)
+        try:
+            return None if folder is None else load_index(folder, self.embedder)
+        except IndexDamaged as exc:
+            log.warning("the pinned snapshot cannot be used: %s", exc)
+            return None
+
+    def _newest(self) -> Index | None:
+        """Return the newest snapshot of this store that is whole."""
+        for folder in self._snapshots.folders():
             try:
-                index = load_index(folder, self.embedder)
+                return load_index(folder, self.embedder)
             except IndexDamaged as exc:
-                if folder.exists():
-                    log.warning("snapshot is rebuilt: %s", exc)
-                self._n_done, self._n_total, self._began = 0, 0, time.monotonic()
-                index = build_index(passages, self.embedder, self._cache, self._tell)
-                self._save(index, folder)
+                log.warning("a snapshot cannot be used: %s", exc)
+        return None
+
+    def _load_or_build(self, passages: list[Passage], live: Index | None) -> Index:
+        version = content_hash(passages)
+        folder = self._snapshots.place(version, self.embedder.version)
+        try:
+            index = load_index(folder, self.embedder)
+            if live is not None and live.version == version:
+                index = live  # the same knowledge; what is on disk was only looked at, for damage
             self._remember(folder)
             return index
+        except IndexDamaged as exc:
+            if folder.exists():
+                log.warning("snapshot is rebuilt: %s", exc)
+        if live is not None and live.version == version:
+            index = live
+        else:
+            self._n_done, self._n_total, self._began = 0, 0, time.monotonic()
+            index = build_index(passages, self.embedder, self._cache, self._tell)
+        try:
+            self._snapshots.save(index, folder)
+            return index.mapped(folder)
+        except (OSError, IndexDamaged) as exc:  # a full disk costs the next start some seconds, no answers
+            log.warning("the snapshot could not be written: %s", exc)
+            return index
+
+    def _terms(self) -> Terms:
+        """Return the store's own terms; the shipped ones alone while the file is faulty (`load_store` has told)."""
+        try:
+            return load_terms(self.store_dir)
+        except BadStore:
+            return Terms()
+
+    def _tuning(self) -> Tuning | None:
+        """Return the store's tuning; none while it is damaged or of another embedder, which is logged."""
+        try:
+            tuning = Tunings.of_store(self.store_dir).load()
+        except BadStore as exc:
+            log.warning("searched without the store's tuning: %s", exc)
+            return None
+        if tuning is not None and tuning.embedder != self.embedder.version:
+            log.warning("searched without the store's tuning: it was made with another embedder; tune again")
+            return None
+        return tuning
 
     def _tell(self, n_done: int, n_total: int) -> None:
         self._n_done, self._n_total = n_done, n_total
         if self._progress is not None:
             self._progress(n_done, n_total)
 
-    @property
-    def _snapshots(self) -> Path:
-        return self.cache_dir / "snapshots"
-
-    @property
-    def _pointer(self) -> Path:
-        return self.cache_dir / f"latest-{_safe(str(self.store_dir.resolve()))}.json"
-
-    def _save(self, index: Index, folder: Path) -> None:
-        try:
-            index.save(folder)
-        except OSError as exc:  # a full disk costs the next start some seconds, not this store its answers
-            log.warning("the snapshot could not be written: %s", exc)
-
     def _remember(self, folder: Path) -> None:
-        """Note which snapshot this folder's knowledge is, and drop old ones."""
         try:
-            beside = self._pointer.with_suffix(f".{os.getpid()}.tmp")
-            beside.write_text(json.dumps({"snapshot": folder.name}), "utf-8")
-            beside.replace(self._pointer)
-            kept = sorted(self._snapshots.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
-            for old in [path for path in kept if path != folder][N_SNAPSHOTS - 1 :]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._snapshots.remember(folder)
         except OSError as exc:
             log.warning("the cache folder cannot be kept in order: %s", exc)
-
-    def _latest(self) -> Index | None:
-        try:
-            name = json.loads(self._pointer.read_text("utf-8"))["snapshot"]
-            return load_index(self._snapshots / Path(name).name, self.embedder)
-        except (OSError, ValueError, KeyError, TypeError, IndexDamaged):
-            return None
 
     def _report(self, faults: tuple[Fault, ...]) -> None:
         if faults != self._faults:
@@ -335,12 +397,6 @@ def document_of(hit: Hit) -> Document:
             "valid_until": passage.valid_until.isoformat() if passage.valid_until else None,
         },
     )
-
-
-def _safe(name: str) -> str:
-    """Return `name` fit for a file name, still telling."""
-    kept = "".join(character if character.isalnum() or character in ".-" else "-" for character in name)
-    return f"{kept[-40:].strip('-.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _now() -> datetime:

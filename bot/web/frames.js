@@ -1,14 +1,10 @@
 /*
- * Frames in, transcript out. Pure: no socket, no DOM, no clock; tested with `node --test tests/web`.
+ * Frames in, transcript out. Pure: no socket, no DOM, no clock.
  *
- * A transcript is a plain object that is never changed in place: `applyFrame` returns the same object when a
- * frame changes nothing, else a new one. Durable entries (`items`) are ordered by `seq`, none twice; replies that
- * are being written live in `live` by turn; what the visitor wrote and the server has not stored is in `pending`.
- *
+ * A transcript is a plain object that is never changed in place: `applyFrame` returns the same one when nothing changes.
  * Frames whose type starts with "local." come from our own client, not from the wire.
  */
 
-/** @returns {object} a transcript of nothing */
 export function emptyTranscript() {
   return {
     conversation: null,
@@ -19,18 +15,17 @@ export function emptyTranscript() {
     state: "bot", // "bot" | "waiting" | "human" | "closed"
     items: [], // event frames, by seq
     lastSeq: 0, // what `hello` sends as `after`
-    pending: [], // {id, text, at, seq?, failed?}
+    pending: [], // {id, text, at, email?, attachments?, seq?, failed?}
     live: {}, // turn -> {turn, phase, text, next, held, stopping?, failed?}
     ratings: {}, // seq of the reply -> "up" | "down"
-    agentTyping: false,
+    agentTyping: null, // {name} while an agent types
+    agent: null, // {name} of the agent who has the conversation
+    customer: null, // {id, name} where the store has signed who the visitor is
+    human: {}, // {open, opens_at, agents_online, position, expected_wait_s} of the team
   };
 }
 
-/**
- * Return the transcript after `frame`; the same object where nothing changed.
- *
- * An unknown type changes nothing, so that an old widget survives a new server.
- */
+/** Return the transcript after `frame`. An unknown type changes nothing: an old widget survives a new server. */
 export function applyFrame(transcript, frame) {
   switch (frame.type) {
     case "welcome":
@@ -38,11 +33,11 @@ export function applyFrame(transcript, frame) {
     case "ack":
       return applyAck(transcript, frame);
     case "status":
-      return withLive(transcript, frame.turn, (live) => ({ ...live, phase: frame.phase, failed: undefined }));
+      return withLive(joined(transcript, frame), frame.turn, (live) => ({ ...live, phase: frame.phase, failed: undefined }));
     case "delta":
       return applyDelta(transcript, frame);
     case "partial":
-      return withLive(transcript, frame.turn, (live) =>
+      return withLive(joined(transcript, frame), frame.turn, (live) =>
         drain({ ...live, text: frame.text, next: frame.index + 1, phase: "typing", failed: undefined }),
       );
     case "event":
@@ -50,12 +45,15 @@ export function applyFrame(transcript, frame) {
     case "failed":
       return applyFailed(transcript, frame);
     case "typing": // an agent types
-      return transcript.agentTyping === Boolean(frame.on) ? transcript : { ...transcript, agentTyping: Boolean(frame.on) };
+      if (frame.role === "visitor" || (!frame.on && !transcript.agentTyping)) return transcript;
+      return { ...transcript, agentTyping: frame.on ? { name: frame.name ?? "" } : null };
+    case "queue":
+      return { ...transcript, human: withQueue(transcript.human, frame) };
 
     case "local.ask":
       return {
         ...transcript,
-        pending: [...transcript.pending.filter((p) => p.id !== frame.id), { id: frame.id, text: frame.text, at: frame.at }],
+        pending: [...transcript.pending.filter((p) => p.id !== frame.id), ownEntry(frame)],
       };
     case "local.drop":
       return { ...transcript, pending: transcript.pending.filter((p) => p.id !== frame.id) };
@@ -73,8 +71,7 @@ export function applyFrame(transcript, frame) {
 }
 
 function applyWelcome(transcript, frame) {
-  // Another conversation, or a server that knows fewer events than we do (an older backup was restored):
-  // what we show is not what is stored. Unsent questions stay.
+  // Another conversation, or a server with fewer events (an older backup): only unsent questions stay.
   const same = transcript.conversation === frame.conversation && !(frame.seq < transcript.lastSeq);
   const base = same ? transcript : { ...emptyTranscript(), pending: transcript.pending.filter((p) => p.seq === undefined) };
   return {
@@ -85,7 +82,10 @@ function applyWelcome(transcript, frame) {
     quickReplies: frame.quick_replies ?? base.quickReplies,
     limits: frame.limits ?? base.limits,
     state: frame.state ?? base.state,
-    agentTyping: false,
+    agentTyping: null,
+    agent: frame.agent ?? null,
+    customer: frame.customer ?? null,
+    human: frame.human ?? {},
   };
 }
 
@@ -109,7 +109,7 @@ function applyDelta(transcript, frame) {
   );
 }
 
-/** Append the held deltas that are next, in order; drop those the text already holds. */
+/** Append the held deltas that are next, in order. */
 function drain(live) {
   let { text, next } = live;
   const held = {};
@@ -129,10 +129,14 @@ function applyEvent(transcript, frame) {
     items: insert(transcript.items, frame),
     lastSeq: Math.max(transcript.lastSeq, frame.seq),
   };
-  if (frame.kind === "state" && frame.state) next.state = frame.state;
+  if (frame.kind === "state" && frame.state) {
+    next.state = frame.state;
+    next.agent = frame.state === "human" ? (frame.agent ?? next.agent) : null;
+    next.human = withQueue(next.human, frame.state === "waiting" ? frame : {});
+    if (frame.state !== "human") next.agentTyping = null;
+  }
   if (frame.kind === "rating") {
-    const rated = frame.rated ?? frame.target ?? frame.reply;
-    if (rated) next.ratings = { ...next.ratings, [rated]: frame.value };
+    next.ratings = { ...next.ratings, [frame.rated]: frame.value };
   }
   if (frame.kind !== "message") return next;
 
@@ -141,14 +145,14 @@ function applyEvent(transcript, frame) {
       (p) => p.id === frame.id || p.seq === frame.seq || (p.seq === undefined && !frame.id && p.text === frame.text),
     );
     if (known >= 0) {
-      // The item keeps our id, so that its row keeps its key.
+      // The row keeps its key.
       const { id } = next.pending[known];
       next.items = next.items.map((item) => (item.seq === frame.seq ? { ...item, id } : item));
       next.pending = next.pending.filter((_, i) => i !== known);
     }
   } else {
-    next.agentTyping = false;
-    if (isReply(frame) && frame.turn && next.live[frame.turn]) next.live = without(next.live, frame.turn);
+    next.agentTyping = null;
+    if (isReply(frame)) for (const turn of [frame.turn, ...turnsOf(frame)]) if (next.live[turn]) next.live = without(next.live, turn);
   }
   return next;
 }
@@ -160,12 +164,31 @@ function applyFailed(transcript, frame) {
     retryable: Boolean(frame.retryable),
     retry_after_s: frame.retry_after_s ?? 0,
   };
-  if (frame.turn) return withLive(transcript, frame.turn, (live) => ({ ...live, failed, stopping: false }));
+  if (frame.turn) return withLive(joined(transcript, frame), frame.turn, (live) => ({ ...live, failed, stopping: false }));
   const index = frame.id ? transcript.pending.findIndex((p) => p.id === frame.id) : -1;
   if (index < 0) return transcript; // about the connection, not about a message: the client reports it
   const pending = transcript.pending.slice();
   pending[index] = { ...pending[index], failed };
   return { ...transcript, pending };
+}
+
+/** A reply to several questions bears the last one's turn; what was under way for the others is part of it. */
+function joined(transcript, frame) {
+  const gone = turnsOf(frame).filter((turn) => turn !== frame.turn && transcript.live[turn]);
+  return gone.length ? { ...transcript, live: gone.reduce(without, transcript.live) } : transcript;
+}
+
+function turnsOf(frame) {
+  return Array.isArray(frame.turns) ? frame.turns : [];
+}
+
+function withQueue(human, frame) {
+  const { open = human.open, opens_at = human.opens_at, position = null, expected_wait_s = null } = frame;
+  return { ...human, open, opens_at, position, expected_wait_s };
+}
+
+function ownEntry({ id, text, at, email, attachments }) {
+  return { id, text, at, ...(email ? { email } : {}), ...(attachments?.length ? { attachments } : {}) };
 }
 
 function newLive(turn) {
@@ -204,11 +227,8 @@ function insert(items, item) {
 }
 
 /**
- * Return what a person sees, top to bottom: one row a bubble or a line.
- *
- * Rows are {key, kind: "message" | "state" | "live" | "failed", …}. The key of a reply stays the same from its
- * first delta to its final event, so that a view can keep the node. Of several replies to one turn
- * (regenerated ones) the last is shown.
+ * Return what a person sees, top to bottom: rows {key, kind: "message" | "state" | "note" | "live" | "failed", …}. A reply
+ * keeps its key from the first delta to the final event; of several to one turn (regenerated ones) the last is shown.
  */
 export function rowsOf(transcript) {
   const { items, pending, live } = transcript;
@@ -231,9 +251,10 @@ export function rowsOf(transcript) {
     }
   };
   const place = (item) => {
-    // Where the system has said it in words, or a visitor simply went on asking, the state needs no line of its own.
-    const told = item.kind === "state" && (rows.at(-1)?.role === "system" || item.reason === "reopened");
+    // Where the system says it in words, or a visitor simply went on asking, the state needs no line.
+    const told = item.kind === "state" && (rows.at(-1)?.role === "system" || item.reason === "reopened" || rows.at(-1)?.state === item.state);
     if (item.kind === "state" && !told) rows.push({ ...item, key: `s${item.seq}` });
+    if (item.kind === "note") rows.push({ ...item, key: `s${item.seq}` }); // only agents are sent any
     if (item.kind !== "message") return;
     if (isReply(item) && item.turn) {
       const replaced = newest.get(item.turn) !== item.seq;
@@ -242,11 +263,12 @@ export function rowsOf(transcript) {
       rows.push({ ...item, key: `t${item.turn}`, rating: transcript.ratings[item.seq] });
       return;
     }
+    if (item.role === "system" && rows.at(-1)?.kind === "state") rows.pop(); // nor where it says it next
     rows.push({ ...item, key: item.role === "visitor" && item.id ? `p${item.id}` : `s${item.seq}` });
     if (item.role === "visitor" && item.turn && anchor.get(item.turn) === item.seq) placeLive(item.turn);
   };
 
-  // Acknowledged questions whose event has not come stand where their number says.
+  // Acknowledged questions stand where their number says.
   const acked = pending.filter((p) => p.seq !== undefined).sort((a, b) => a.seq - b.seq);
   for (const item of items) {
     while (acked.length && acked[0].seq < item.seq) rows.push(ownRow(acked.shift()));
@@ -266,19 +288,21 @@ function ownRow(entry) {
     id: entry.id,
     text: entry.text,
     at: entry.at,
+    email: entry.email,
+    left: Boolean(entry.email),
+    attachments: entry.attachments,
     seq: entry.seq,
     sending: entry.seq === undefined && !entry.failed,
     failed: entry.failed,
   };
 }
 
-/** The turn that is being written now, or null. */
 export function writingTurn(transcript) {
   const open = Object.values(transcript.live).filter((reply) => !reply.failed);
   return open.length ? open[open.length - 1].turn : null;
 }
 
-/** The turn whose question has no reply and none under way, or null: its reply was lost on the server's side. */
+/** The turn whose question has no reply and none under way: it was lost on the server's side. Else null. */
 export function unansweredTurn(transcript) {
   if (transcript.state !== "bot" && transcript.state !== "waiting") return null; // waiting for a human, the bot still answers
   for (let i = transcript.items.length - 1; i >= 0; i -= 1) {

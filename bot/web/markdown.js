@@ -1,14 +1,12 @@
 /*
- * The small part of Markdown that replies use, as a tree of plain objects; dom.js turns it into nodes by
- * textContent. There is no HTML here: whatever is not in the grammar stays the text it is, images included
- * (a remote image would tell its server what the visitor reads).
+ * The small part of Markdown that replies use, as plain objects, and as nodes without innerHTML. Whatever is not in the
+ * grammar stays text, HTML and images included (a remote image would tell its server what the visitor reads).
  *
- * Blocks:  {type: "p" | "h" | "quote", spans, raw} {type: "ul" | "ol", start, items: [{spans, depth}], raw}
- *          {type: "code", text, raw}
- * Spans:   string | {type: "b" | "i" | "s", spans} | {type: "code", text} | {type: "br"}
- *          | {type: "a", href, host, spans} | {type: "cite", n}
- * `raw` is the source of a block: a streaming view keeps the nodes of blocks whose source did not change.
+ * A block is {type, spans | items | text, raw}, a span a string or {type, spans | text | n, href?, host?}. `raw` is the
+ * block's source: a streaming view keeps the nodes of blocks whose source did not change.
  */
+
+import { h } from "./dom.js";
 
 const BULLET = /^(\s*)[-*•]\s+(\S.*)$/;
 const NUMBERED = /^(\s*)(\d{1,3})[.)、．]\s*(\S.*)$/;
@@ -100,7 +98,6 @@ const PAIRS = [
 const URL_HERE = /^(?:https?:\/\/|mailto:)[^\s<>"'`，。；：！？、（）【】《》「」“”‘’]+/i;
 const MAIL_HERE = /^[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})+/;
 
-/** Return the spans of one paragraph. */
 export function parseInline(text, depth = 0) {
   const spans = [];
   let plain = "";
@@ -208,7 +205,7 @@ function takeMail(text, at) {
   return { span: { type: "a", href: `mailto:${address}`, host: "", spans: [address] }, length: address.length };
 }
 
-/** Return {href, host} of an address people may follow, else null. Anything but http(s), mailto and tel is refused. */
+/** Return {href, host} of an address people may follow, else null: http(s), mailto and tel only. */
 export function linkTo(address) {
   if (/[\s\u0000-\u001f]/.test(address)) return null;
   let url;
@@ -224,7 +221,7 @@ export function linkTo(address) {
   return url.protocol === "mailto:" || url.protocol === "tel:" ? { href: url.href, host: "" } : null;
 }
 
-/** Return what a screen reader should say for `text`: the words without the marks. */
+/** Return the words of `text` without the marks, to be read aloud. */
 export function plainText(text) {
   const words = (spans) =>
     spans.map((span) => {
@@ -236,4 +233,52 @@ export function plainText(text) {
   return parseMarkdown(text)
     .map((block) => block.text ?? (block.items ? block.items.map((item) => words(item.spans)).join("\n") : words(block.spans)))
     .join("\n");
+}
+
+/** Return the node of one block. `cite(n)` returns the node of a citation mark. */
+export function blockNode(block, cite) {
+  switch (block.type) {
+    case "code":
+      return h("pre", {}, h("code", {}, block.text));
+    case "ul":
+    case "ol": {
+      const list = h(block.type, block.type === "ol" && block.start !== 1 ? { start: block.start } : {});
+      for (const item of block.items) list.append(h(item.depth ? `li.in${item.depth}` : "li", {}, ...spanNodes(item.spans, cite)));
+      return list;
+    }
+    case "h":
+      return h("p.heading", {}, ...spanNodes(block.spans, cite));
+    case "quote":
+      return h("blockquote", {}, ...spanNodes(block.spans, cite));
+    default:
+      return h("p", {}, ...spanNodes(block.spans, cite));
+  }
+}
+
+const TAGS = { b: "strong", i: "em", s: "s" };
+
+function spanNodes(spans, cite) {
+  return spans.map((span) => {
+    if (typeof span === "string") return document.createTextNode(span);
+    switch (span.type) {
+      case "br":
+        return h("br");
+      case "code":
+        return h("code", {}, span.text);
+      case "cite":
+        return cite(span.n) ?? document.createTextNode(`[${span.n}]`);
+      case "a": {
+        const label = spanNodes(span.spans, () => null);
+        const link = h("a", { href: span.href, rel: "noopener noreferrer nofollow ugc" }, ...label);
+        if (span.host) link.setAttribute("target", "_blank");
+        // A label may say anything: where it leads is shown too.
+        const said = link.textContent;
+        const where = span.host || span.href.replace(/^\w+:/, "").split("?")[0];
+        if (said !== where && linkTo(said)?.host !== where) link.append(" ", h("bdi.host", {}, `(${where})`));
+        return link;
+      }
+      default:
+        return h(TAGS[span.type], {}, ...spanNodes(span.spans, cite));
+    }
+  });
 }

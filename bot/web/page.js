@@ -4,9 +4,10 @@
  */
 
 import { h, setText } from "./dom.js";
-import { inLanguage, pickLanguage, TAGS } from "./language.js";
 import { readiness } from "./readiness.js";
+import { inLanguage } from "./words.js";
 
+const TAGS = { zh: "zh-CN", en: "en" };
 const SERVER = new URL(".", import.meta.url);
 const FIRST = 12; // products shown before "more"
 const MORE = 24;
@@ -146,11 +147,11 @@ function chooseLanguage() {
   } catch {
     // blocked: the browser's language it is
   }
-  return pickLanguage(asked ?? kept, null, navigator.languages);
+  return asked ?? kept ?? navigator.language;
 }
 
 function speak(wanted) {
-  language = wanted === "en" ? "en" : "zh";
+  language = /^zh/i.test(wanted) ? "zh" : "en";
   document.documentElement.lang = TAGS[language];
   for (const node of document.querySelectorAll("[data-t]")) setText(node, words()[node.dataset.t]);
   for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", words()[node.dataset.label]);

@@ -1,34 +1,43 @@
 /*
- * The open chat: header, transcript, composer. Loaded at the first click. Owns the DOM inside the shadow root;
- * the conversation is client.js's, what to show is `rowsOf` of frames.js, and text becomes nodes in dom.js.
- *
- * Rows are keyed and kept: while a reply streams only its last block is made anew, so a selection, a focused
- * button or an open quote elsewhere stays. Screen readers hear a finished reply once, through a live region of
- * its own; the transcript itself is silent.
+ * The open chat. What to show is `rowsOf` of frames.js. Rows are kept: while a reply streams only its last block is made anew, so a selection or the focus elsewhere stays.
+ * Screen readers hear a finished reply once, through a live region of its own.
  */
 
 import { ChatClient } from "./client.js";
-import { blockNode, h, icon, setText } from "./dom.js";
+import { h, icon, setText } from "./dom.js";
 import { rowsOf, writingTurn } from "./frames.js";
-import { inLanguage, TAGS } from "./language.js";
-import { linkTo, parseMarkdown, plainText } from "./markdown.js";
+import { blockNode, parseMarkdown, plainText } from "./markdown.js";
+import { cardNode, chime, endSheet, filesNode, leaveSheet, menuSheet, saveBlob, transcriptText, Tray } from "./parts.js";
 import { readiness } from "./readiness.js";
-import { STRINGS } from "./strings.js";
 import { panelSheet } from "./styles.js";
+import { inLanguage, loadWords } from "./words.js";
 
 const TEXT_CHARS = 2000; // until `welcome` says otherwise
 const COUNT_FROM = 200; // the counter shows when this few are left
 const SMALL = "(max-width: 560px), (max-height: 460px)";
 const STARTING_EVERY_MS = 4000;
 const PROBLEM_FOR_MS = 8000;
+const CLOCK = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
 
-export class ChatPanel {
+/** Return the panel of `host`, a `<zhanggui-chat>`; `tools` are what its file shares with us. */
+export async function openPanel(host, tools) {
+  return new ChatPanel(host, tools, await wordsFor(host));
+}
+
+function wordsFor(host) {
+  const file = (tag) => new URL(`strings.${tag}.json`, import.meta.url).href;
+  if (host.language !== "custom") return loadWords(file(host.language));
+  return loadWords(new URL(host.dataset.strings, document.baseURI).href, file("en"));
+}
+
+class ChatPanel {
   client;
-  #o; // what widget.js gave
-  #s; // strings of the language
-  #language;
+  #host;
+  #tools;
+  #t; // words of the language
   #views = new Map(); // row key -> {node, …}
   #el = {};
+  #tray;
   #frame = 0; // requested animation frame
   #engine = null; // what /readyz said last
   #engineTimer = 0;
@@ -37,14 +46,23 @@ export class ChatPanel {
   #stick = true;
   #composing = false;
   #humanAsked = false;
-  #clock = 0;
+  #opener = null; // what had the focus before a sheet
   #small = matchMedia(SMALL);
 
-  constructor(options) {
-    this.#o = options;
-    this.#language = options.language;
-    this.#s = STRINGS[options.language];
-    this.client = new ChatClient({ url: options.socketUrl, locale: TAGS[options.language], identity: options.identity });
+  constructor(host, tools, t) {
+    this.#host = host;
+    this.#tools = tools;
+    this.#t = t;
+    this.client = new ChatClient({ url: host.socketUrl, locale: this.#locale, identity: host.dataset.identity });
+    this.#tray = new Tray({
+      client: this.client,
+      words: () => this.#t,
+      say: (text) => this.#say(text),
+      onchange: (byHand) => {
+        if (byHand) this.#el.input.focus();
+        this.#renderComposer();
+      },
+    });
     this.#build();
     this.client.addEventListener("transcript", () => this.#changed());
     this.client.addEventListener("connection", () => {
@@ -54,6 +72,7 @@ export class ChatPanel {
     this.client.addEventListener("frame", ({ detail }) => this.#heard(detail));
     this.client.addEventListener("problem", ({ detail }) => this.#showProblem(detail));
     document.addEventListener("visibilitychange", () => this.#read());
+    for (const name of ["online", "offline"]) globalThis.addEventListener(name, () => this.#renderStatus());
     this.#small.addEventListener("change", () => this.#fit());
     globalThis.visualViewport?.addEventListener("resize", () => this.#fit());
     globalThis.visualViewport?.addEventListener("scroll", () => this.#fit());
@@ -81,69 +100,93 @@ export class ChatPanel {
     this.client.typing(false);
   }
 
-  ask(text) {
-    if (!text.trim()) return;
+  ask(text, { attachments = [] } = {}) {
+    if (!text.trim() && !attachments.length) return;
     this.#stick = true;
-    this.client.ask(text);
+    this.client.ask(text, { attachments });
     this.#render();
     this.#toEnd();
   }
 
-  setLanguage(language) {
-    if (language === this.#language) return;
-    this.#language = language;
-    this.#s = STRINGS[language];
-    this.client.locale = TAGS[language];
+  async speak() {
+    const { language } = this.#host;
+    const t = await wordsFor(this.#host);
+    if (language !== this.#host.language || (t.lang === this.#t.lang && language !== "custom")) return; // overtaken, or no news
+    this.#t = t;
+    this.client.locale = this.#locale;
     for (const view of this.#views.values()) view.node.remove();
     this.#views.clear();
     this.#label();
+    this.paint();
     this.#render();
+  }
+
+  paint() {
+    const host = this.#host;
+    const rgb = [...host.accent];
+    // As a text colour the merchant's may be too faint: yellow on white, navy on black.
+    host.style.setProperty("--link-light", readable(rgb, 0, [233, 240, 234], this.#tools.lightness));
+    host.style.setProperty("--link-dark", readable(rgb, 255, [46, 56, 50], this.#tools.lightness));
+    const { avatar } = host.dataset;
+    const face = avatar ? h("img", { src: new URL(avatar, document.baseURI).href, alt: "" }) : icon("leaf");
+    face.addEventListener("error", () => this.#el.face.replaceChildren(icon("leaf")));
+    this.#el.face.replaceChildren(face);
+    this.#changed();
+  }
+
+  get #locale() {
+    const { lang } = this.#host.dataset;
+    return this.#host.language === "custom" && lang && lang !== "auto" ? lang : this.#t.lang;
   }
 
   get #open() {
     return !this.#el.panel.hidden;
   }
 
-  /** Until a human has come, the bot goes on answering. */
   get #botAnswers() {
     const { state } = this.client.transcript;
     return state === "bot" || state === "waiting";
   }
 
-  // ------------------------------------------------------------------ building
-
   #build() {
     const el = this.#el;
-    const button = (name, symbol, onclick) => (el[name] = h("button", { type: "button", onclick }, symbol && icon(symbol)));
+    const button = (name, symbol, onclick, look = "") => (el[name] = h(`button${look}`, { type: "button", onclick }, icon(symbol)));
     el.title = h("h2", { id: "title" });
     el.status = h("p.status", { role: "status" });
-    button("end", "end", () => this.#openSheet());
-    button("switch", null, () => this.#o.onlanguage(this.#language === "zh" ? "en" : "zh"));
-    button("minimise", "close", () => this.#o.onclose());
+    el.face = h("span.face");
+    button("more", "more", () => this.#openMenu());
+    button("minimise", "close", () => this.#host.close());
 
     el.rows = h("div.rows");
     el.scroll = h("div.scroll", { role: "log", "aria-live": "off", tabindex: "0" }, el.rows);
     el.jump = h("button.pill.jump", { type: "button", hidden: true, onclick: () => this.#toEnd() });
     el.live = h("div.sr", { "aria-live": "polite", "aria-atomic": "true" });
-    el.middle = h("div.middle", {}, el.scroll, el.jump);
+    el.drop = h("div.drop", { hidden: true });
+    el.middle = h("div.middle", {}, el.scroll, el.jump, el.drop);
 
     el.input = h("textarea", {
       rows: 1,
       enterkeyhint: "send",
       autocomplete: "off",
+      dir: "auto",
       "aria-describedby": "note",
       oninput: () => this.#typed(),
+      onpaste: (event) => this.#take(event, event.clipboardData),
       onkeydown: (event) => this.#key(event),
       oncompositionstart: () => (this.#composing = true),
       oncompositionend: () => (this.#composing = false),
       onblur: () => this.client.typing(false),
     });
+    el.input.value = this.#tools.recall("sessionStorage", this.#draftKey) ?? "";
+    el.chooser = h("input", { type: "file", multiple: true, hidden: true, onchange: () => this.#chosen() });
+    button("clip", "clip", () => el.chooser.click(), ".clip");
     el.send = h("button.send", { type: "button", onclick: () => this.#press() });
     el.human = h("button.pill", { type: "button", onclick: () => this.#wantHuman() });
     el.note = h("p.note", { id: "note" });
-    el.box = h("div.box", {}, el.input, el.send);
-    el.again = h("div.again", { hidden: true }, (el.fresh = h("button.pill.primary", { type: "button", onclick: () => this.#startOver() })));
-    el.composer = h("div.composer", {}, el.again, el.box, h("div.under", {}, el.human, el.note));
+    el.box = h("div.box", {}, el.clip, el.chooser, el.input, el.send);
+    el.fresh = h("button.pill.primary", { type: "button", onclick: () => this.#startOver() });
+    el.again = h("div.again", { hidden: true }, el.fresh);
+    el.composer = h("div.composer", {}, this.#tray.node, el.again, el.box, h("div.under", {}, el.human, el.note));
     el.panel = h(
       "section.panel",
       {
@@ -152,48 +195,48 @@ export class ChatPanel {
         tabindex: "-1",
         hidden: true,
         onkeydown: (event) => this.#panelKey(event),
+        ondragover: (event) => this.#over(event, true),
+        ondragleave: (event) => this.#over(event, false),
+        ondrop: (event) => this.#take(event, event.dataTransfer),
       },
-      h(
-        "header",
-        {},
-        h("span.face", {}, icon("leaf")),
-        h("div.who", {}, el.title, el.status),
-        h("div.buttons", {}, el.switch, el.end, el.minimise),
-      ),
+      h("div.head", {}, el.face, h("div.who", {}, el.title, el.status), h("div.buttons", {}, el.more, el.minimise)),
       el.middle,
       el.composer,
       el.live,
     );
     el.scroll.addEventListener("scroll", () => this.#scrolled(), { passive: true });
-    const root = this.#o.host.shadowRoot;
+    const root = this.#host.shadowRoot;
     root.adoptedStyleSheets = [...root.adoptedStyleSheets, panelSheet()];
-    root.prepend(el.panel); // before the launcher: Tab goes through the panel first
+    root.insertBefore(el.panel, root.firstChild); // before the launcher: it is read first
+    this.paint();
     this.#label();
   }
 
-  /** Everything that depends on the language but not on the conversation. */
   #label() {
-    const s = this.#s;
+    const t = this.#t;
     const el = this.#el;
-    el.panel.lang = TAGS[this.#language];
+    el.panel.lang = t.lang;
+    el.panel.dir = this.#host.dataset.dir === "rtl" ? "rtl" : t.dir;
     const name = (node, text) => {
       node.setAttribute("aria-label", text);
       node.title = text;
     };
-    name(el.end, s.end);
-    name(el.minimise, s.close);
-    name(el.switch, s.switch_language);
-    el.switch.lang = TAGS[this.#language === "zh" ? "en" : "zh"];
-    setText(el.switch, s.switch_label);
-    el.scroll.setAttribute("aria-label", s.transcript);
-    el.input.setAttribute("aria-label", s.placeholder);
-    el.jump.replaceChildren(icon("down"), s.new_messages);
-    setText(el.fresh, s.new_conversation);
+    name(el.more, t("more"));
+    name(el.minimise, t("close"));
+    name(el.clip, t("attach"));
+    el.scroll.setAttribute("aria-label", t("transcript"));
+    el.input.setAttribute("aria-label", t("placeholder"));
+    el.chooser.setAttribute("aria-label", t("attach"));
+    setText(el.drop, t("drop"));
+    el.jump.replaceChildren(icon("down"), t("new_messages"));
+    setText(el.fresh, t("new_conversation"));
     this.#closeSheet();
     this.#typed();
   }
 
-  // ------------------------------------------------------------------ what happens
+  get #draftKey() {
+    return `zhanggui draft ${this.#host.socketUrl}`;
+  }
 
   #changed() {
     this.#countUnread();
@@ -206,7 +249,7 @@ export class ChatPanel {
 
   #heard(frame) {
     if (frame.type === "welcome") {
-      // What was stored before this page is history; what came while we were cut off is news.
+      // What was stored before this page is no news; what came while we were cut off is.
       if (!this.client.transcript.lastSeq) this.#replayUpTo = frame.seq ?? 0;
       this.#humanAsked = false;
       return;
@@ -216,10 +259,12 @@ export class ChatPanel {
     if (frame.kind === "state") this.#humanAsked = false;
     if (this.#open && frame.seq > this.#replayUpTo) {
       if (frame.kind === "message" && frame.role !== "visitor") {
-        const who = { agent: `${this.#s.agent}: `, bot: `${this.#s.assistant}: ` }[frame.role] ?? "";
+        const who = { agent: `${frame.agent?.name || this.#t("agent")}: `, bot: `${this.#t("assistant")}: ` }[frame.role] ?? "";
         this.#say(who + plainText(frame.text ?? ""));
-      } else if (frame.kind === "state" && rowsOf(this.client.transcript).at(-1)?.seq === frame.seq) this.#say(this.#s[`state_${frame.state}`] ?? "");
+      } else if (frame.kind === "state" && rowsOf(this.client.transcript).at(-1)?.seq === frame.seq) this.#say(this.#stateText(frame));
     }
+    const news = frame.kind === "message" && (frame.role === "bot" || frame.role === "agent") && frame.seq > this.#replayUpTo;
+    if (news && this.#sound && !(this.#open && document.hasFocus())) chime();
     this.#read();
   }
 
@@ -227,6 +272,14 @@ export class ChatPanel {
     // Emptied first: the same sentence twice is still two announcements.
     this.#el.live.textContent = "";
     setTimeout(() => (this.#el.live.textContent = text), 60);
+  }
+
+  #stateText({ state, agent }) {
+    return state === "human" && agent?.name ? this.#t("state_agent", { name: agent.name }) : this.#t(`state_${state}`);
+  }
+
+  get #sound() {
+    return (this.#tools.recall("localStorage", "zhanggui sound") ?? this.#host.dataset.sound) === "on";
   }
 
   #read() {
@@ -241,7 +294,7 @@ export class ChatPanel {
     for (let i = items.length - 1; i >= 0 && items[i].seq > seen; i -= 1) {
       if (items[i].kind === "message" && (items[i].role === "bot" || items[i].role === "agent")) n += 1;
     }
-    this.#o.onunread(n);
+    this.#host.unread = n;
   }
 
   #showProblem(frame) {
@@ -257,13 +310,13 @@ export class ChatPanel {
   }
 
   #failure(failed) {
-    return this.#s.failed[failed.code] ?? (failed.message || this.#s.failed.internal);
+    return this.#t(`failed_${failed.code}`) || this.#t("failed_internal");
   }
 
   async #askReadiness() {
     clearTimeout(this.#engineTimer);
     if (!this.#open) return;
-    const said = await readiness(this.#o.server);
+    const said = await readiness(this.#host.server);
     this.#engine = said?.engine ?? null;
     this.#renderStatus();
     clearTimeout(this.#engineTimer);
@@ -271,10 +324,8 @@ export class ChatPanel {
   }
 
   get #isStarting() {
-    return this.#engine !== null && !this.#engine.ready && (this.#engine.phase === "starting" || this.#engine.phase === "restarting");
+    return /starting$/.test(this.#engine?.phase);
   }
-
-  // ------------------------------------------------------------------ composer
 
   get #limit() {
     return this.client.transcript.limits?.text_chars ?? TEXT_CHARS;
@@ -287,6 +338,7 @@ export class ChatPanel {
 
   #typed() {
     const { input } = this.#el;
+    this.#tools.remember("sessionStorage", this.#draftKey, input.value);
     input.style.height = "auto";
     const height = Math.min(140, input.scrollHeight);
     if (height) input.style.height = `${height}px`;
@@ -307,19 +359,48 @@ export class ChatPanel {
     const { input } = this.#el;
     const text = input.value.trim();
     const turn = writingTurn(this.client.transcript);
-    if (!text && turn) {
+    const attachments = this.#tray.ready;
+    if (!text && !attachments.length && turn) {
       this.client.stop(turn);
       return;
     }
-    if (!text || this.#left < 0 || this.client.transcript.state === "closed") return;
+    if (!this.#canSend) return;
     input.value = "";
-    this.ask(text);
+    this.#tray.clear();
+    this.ask(text, { attachments });
     this.#typed();
     input.focus();
   }
 
+  get #canSend() {
+    const some = this.#el.input.value.trim() || this.#tray.ready.length;
+    return Boolean(some) && !this.#tray.busy && this.#left >= 0 && this.client.transcript.state !== "closed";
+  }
+
+  #chosen() {
+    this.#tray.add([...this.#el.chooser.files]);
+    this.#el.chooser.value = ""; // the same file may be chosen again
+    this.#el.input.focus();
+  }
+
+  #over(event, on) {
+    const files = this.#tray.wanted && [...(event.dataTransfer?.types ?? [])].includes("Files");
+    if (!files) return;
+    event.preventDefault();
+    this.#el.drop.hidden = !on;
+  }
+
+  #take(event, data) {
+    this.#el.drop.hidden = true;
+    const files = [...(data?.files ?? [])];
+    if (!files.length || !this.#tray.wanted || this.client.transcript.state === "closed") return;
+    event.preventDefault();
+    this.#tray.add(files);
+  }
+
   #wantHuman() {
     this.#humanAsked = true;
+    if (this.client.transcript.state === "closed") this.client.startOver();
     this.client.handoff();
     this.#renderComposer();
   }
@@ -334,73 +415,104 @@ export class ChatPanel {
     if (event.key === "Escape" && !event.isComposing && !this.#composing) {
       event.stopPropagation();
       if (this.#el.sheet) this.#closeSheet(true);
-      else this.#o.onclose();
+      else this.#host.close();
       return;
     }
-    // Full-screen the page behind is out of sight, so Tab stays inside; beside the page it may leave.
-    if (event.key !== "Tab" || !(this.#small.matches || this.#el.sheet)) return;
+    if (event.key !== "Tab") return;
     const within = this.#el.sheet ?? this.#el.panel;
-    const stops = [...within.querySelectorAll("button, textarea, a[href], [tabindex='0']")].filter(
-      (node) => !node.disabled && node.offsetParent !== null,
+    const stops = [...within.querySelectorAll("button, textarea, input, a[href], [tabindex='0']")].filter(
+      (node) => !node.disabled && node.tabIndex >= 0 && node.offsetParent !== null,
     );
-    const active = this.#o.host.shadowRoot.activeElement;
-    const end = event.shiftKey ? stops[0] : stops[stops.length - 1];
-    if (stops.length && (active === end || active === this.#el.panel)) {
+    const active = this.#host.shadowRoot.activeElement;
+    const end = event.shiftKey ? stops[0] : stops.at(-1);
+    if (stops.length && (active === end || active === this.#el.panel || !within.contains(active))) {
       event.preventDefault();
-      (event.shiftKey ? stops[stops.length - 1] : stops[0]).focus();
+      (event.shiftKey ? stops.at(-1) : stops[0]).focus();
     }
   }
 
-  // ------------------------------------------------------------------ ending
-
-  #openSheet() {
-    if (this.#el.sheet) return;
-    const s = this.#s;
-    let score = 0;
-    const stars = [1, 2, 3, 4, 5].map((n) =>
-      h("button", { type: "button", role: "radio", "aria-checked": "false", "aria-label": s.stars(n), onclick: () => choose(n) }, icon("star")),
-    );
-    const choose = (n) => {
-      score = score === n ? 0 : n;
-      stars.forEach((star, i) => {
-        star.classList.toggle("on", i < score);
-        star.setAttribute("aria-checked", String(i + 1 === score));
-      });
+  #openMenu() {
+    const t = this.#t;
+    const { transcript } = this.client;
+    const has = transcript.items.length > 0;
+    const then = (action) => () => {
+      this.#closeSheet(true);
+      action();
     };
-    const comment = h("textarea", { "aria-label": s.comment, placeholder: s.comment, maxlength: 2000 });
-    const done = () => {
-      this.client.close(score || undefined, comment.value.trim() || undefined);
+    const items = [
+      { label: t("sound"), symbol: "bell", checked: this.#sound, act: () => this.#toggleSound() },
+      has && { label: t("save"), symbol: "save", act: then(() => this.#save()) },
+      { label: t("leave"), symbol: "mail", act: () => this.#openLeave() },
+      has && transcript.state !== "closed" && { label: t("end"), symbol: "end", act: () => this.#openEnd() },
+    ].filter(Boolean);
+    const { LANGUAGES } = this.#tools;
+    const { language, dataset } = this.#host;
+    const languages = Object.entries(LANGUAGES).map(([key, name]) => ({ key, name, on: key === language, lang: key }));
+    if (dataset.strings && dataset.lang) languages.unshift({ key: null, name: languageName(dataset.lang), on: language === "custom", lang: dataset.lang });
+    this.#showSheet(
+      menuSheet(t, {
+        languages,
+        items,
+        onlanguage: (key) => {
+          this.#closeSheet(true);
+          this.#host.choose(key);
+        },
+        onclose: () => this.#closeSheet(true),
+      }),
+    );
+  }
+
+  #openEnd() {
+    const ondone = (score, comment) => {
+      this.client.close(score, comment);
       this.#closeSheet(true);
     };
-    this.#el.sheet = h(
-      "div.over-sheet",
-      { onclick: (event) => event.target === this.#el.sheet && this.#closeSheet(true) },
-      h(
-        "div.sheet",
-        { role: "dialog", "aria-modal": "true", "aria-labelledby": "end-title" },
-        h("h3", { id: "end-title" }, s.end_title),
-        h("p", {}, s.end_text),
-        h("div.stars", { role: "radiogroup", "aria-label": s.end_text }, ...stars),
-        comment,
-        h(
-          "div.choices",
-          {},
-          h("button.pill", { type: "button", onclick: () => this.#closeSheet(true) }, s.end_no),
-          h("button.pill.primary", { type: "button", onclick: done }, s.end_yes),
-        ),
-      ),
-    );
-    this.#el.middle.append(this.#el.sheet);
-    stars[4].focus();
+    this.#showSheet(endSheet(this.#t, { ondone, onclose: () => this.#closeSheet(true) }));
+  }
+
+  #openLeave() {
+    const { input } = this.#el;
+    const ondone = (email, text) => {
+      if (input.value.trim() && text.startsWith(input.value.trim())) {
+        input.value = "";
+        this.#typed();
+      }
+      this.#stick = true;
+      this.client.leaveMessage(email, text);
+      this.#closeSheet(true);
+    };
+    const options = { text: input.value, maxChars: this.#limit, ondone, onclose: () => this.#closeSheet(true) };
+    this.#showSheet(leaveSheet(this.#t, options));
+  }
+
+  #showSheet(node) {
+    const opener = this.#el.sheet ? this.#opener : this.#host.shadowRoot.activeElement;
+    this.#closeSheet();
+    this.#opener = opener;
+    this.#el.sheet = h("div.over-sheet", { onclick: (event) => event.target === this.#el.sheet && this.#closeSheet(true) }, node);
+    this.#el.panel.append(this.#el.sheet);
+    node.querySelector("input, button:not([tabindex='-1'])").focus();
   }
 
   #closeSheet(focus = false) {
     this.#el.sheet?.remove();
     this.#el.sheet = null;
-    if (focus) (this.#el.box.hidden ? this.#el.fresh : this.#el.input).focus();
+    if (!focus) return;
+    if (this.#opener?.isConnected) this.#opener.focus();
+    else (this.#el.box.hidden ? this.#el.fresh : this.#el.input).focus();
   }
 
-  // ------------------------------------------------------------------ drawing
+  #toggleSound() {
+    const on = !this.#sound;
+    this.#tools.remember("localStorage", "zhanggui sound", on ? "on" : "off");
+    if (on) chime();
+    return on;
+  }
+
+  #save() {
+    const text = transcriptText(rowsOf(this.client.transcript), this.#t, this.#el.title.textContent);
+    saveBlob(new Blob([text], { type: "text/plain;charset=utf-8" }), `chat-${new Date().toISOString().slice(0, 10)}.txt`);
+  }
 
   #render() {
     const { transcript } = this.client;
@@ -415,7 +527,8 @@ export class ChatPanel {
       nodes.push(view.node);
     };
 
-    const greeting = inLanguage(transcript.greeting, this.#language);
+    const t = this.#t;
+    const greeting = this.#host.dataset.greeting ?? inLanguage(transcript.greeting, t.lang);
     if (greeting) put("greeting", () => this.#makeReply(), (view) => this.#fillGreeting(view, greeting));
 
     let day = new Date().toDateString();
@@ -426,19 +539,22 @@ export class ChatPanel {
         put(`day ${day}`, () => ({ node: h("div.line") }), (view) => setText(view.node, this.#day(row.at)));
       }
       if (row.kind === "state") {
-        const text = this.#s[`state_${row.state}`];
+        const text = this.#stateText(row);
         if (text) put(row.key, () => ({ node: h("div.line.state", {}, text) }));
       } else if (row.kind === "failed") {
-        put(row.key, () => this.#makeTrouble(row), (view) => view.tick());
+        put(row.key, () => this.#makeTrouble(row));
       } else if (row.role === "visitor") {
         put(row.key, () => ({ node: h("div.row.visitor"), sign: null }), (view) => this.#fillOwn(view, row));
       } else if (row.role === "bot" || row.role === "agent") {
-        put(row.key, () => this.#makeReply(row.role), (view) => this.#fillReply(view, row, row === last));
+        put(row.key, () => this.#makeReply(row), (view) => this.#fillReply(view, row, row === last));
       } else put(row.key, () => ({ node: h("div.line.state", {}, row.text ?? "") }));
     }
     if (transcript.agentTyping) {
-      put("agent typing", () => ({ node: h("div.row.agent", {}, h("div.bubble.wait", {}, dots(), this.#s.agent_typing)) }));
+      const name = transcript.agentTyping.name || transcript.agent?.name || t("agent");
+      const text = t("agent_typing", { name });
+      put(`typing ${text}`, () => ({ node: h("div.row.agent", {}, h("div.bubble.wait", {}, dots(), h("span", {}, text))) }));
     }
+    if (transcript.state === "waiting") this.#putQueue(put, transcript.human);
     if (this.#problem) {
       const key = `problem ${this.#problem.code}`;
       put(key, () => ({ node: h("div.trouble", {}, this.#failure(this.#problem)) }));
@@ -448,7 +564,7 @@ export class ChatPanel {
       put(`quick ${quick.join("\n")}`, () => ({
         node: h(
           "div.quick",
-          { role: "group", "aria-label": this.#s.quick },
+          { role: "group", "aria-label": t("quick") },
           ...quick.map((text) => h("button.pill", { type: "button", onclick: () => this.#quick(text) }, text)),
         ),
       }));
@@ -466,9 +582,8 @@ export class ChatPanel {
       else this.#el.rows.insertBefore(node, at);
     }
 
-    const name = inLanguage(transcript.store?.names ?? transcript.store?.name ?? transcript.store, this.#language);
-    setText(this.#el.title, name || this.#s.title);
-    this.#el.end.hidden = transcript.items.length === 0 || transcript.state === "closed";
+    const name = inLanguage(transcript.store?.names ?? transcript.store?.name ?? transcript.store, t.lang);
+    setText(this.#el.title, name || t("title"));
     this.#renderStatus();
     this.#renderComposer();
     const reply = last && last.role !== "visitor" ? this.#views.get(last.key)?.node : null;
@@ -476,16 +591,39 @@ export class ChatPanel {
     else if (this.#below > 48) this.#el.jump.hidden = false;
   }
 
+  #putQueue(put, human) {
+    const t = this.#t;
+    const away = human.open === false || human.agents_online === false;
+    const minutes = Math.max(1, Math.ceil((human.expected_wait_s ?? 0) / 60));
+    const place = { n: human.position, m: minutes };
+    if (human.position && !away) {
+      const text = human.expected_wait_s ? t("queue_wait", place) : t("queue", place);
+      put("queue", () => ({ node: h("div.line", { role: "status" }) }), (view) => setText(view.node, text));
+    }
+    if (!away) return;
+    const text = human.open === false && human.opens_at ? t("hours_closed", { time: this.#when(human.opens_at) }) : t("hours_away");
+    put(`away ${text}`, () => ({
+      node: h("div.trouble.away", {}, h("span", {}, text), h("button.pill", { type: "button", onclick: () => this.#openLeave() }, icon("mail"), t("leave"))),
+    }));
+  }
+
   #renderStatus() {
     const { connection } = this.client;
     const { state } = this.client.transcript;
     let is = connection === "idle" ? "connecting" : connection;
-    let text = this.#s[is];
-    if (is === "offline" && navigator.onLine === false) text = this.#s.no_network;
-    if (is === "online" && state !== "bot") text = this.#s[`online_${state}`] ?? text;
+    const { agent } = this.client.transcript;
+    let text = this.#t(is);
+    if (is !== "offline" && this.client.restarting) {
+      is = "connecting";
+      text = this.#t("restarting");
+    } else if (is !== "online" && navigator.onLine === false) {
+      is = "offline";
+      text = this.#t("no_network");
+    } else if (is === "online" && state === "human" && agent?.name) text = this.#t("online_agent", { name: agent.name });
+    else if (is === "online" && state !== "bot") text = this.#t(`online_${state}`) || text;
     else if (is === "online" && this.#isStarting) {
       is = "starting";
-      text = this.#s.starting;
+      text = this.#t("starting");
     }
     this.#el.status.dataset.is = is;
     setText(this.#el.status, text);
@@ -493,21 +631,22 @@ export class ChatPanel {
 
   #renderComposer() {
     const el = this.#el;
-    const s = this.#s;
+    const t = this.#t;
     const { transcript } = this.client;
     const closed = transcript.state === "closed";
     const writing = writingTurn(transcript);
-    const empty = !el.input.value.trim();
+    const empty = !el.input.value.trim() && !this.#tray.ready.length;
     const stopping = writing && transcript.live[writing].stopping;
     const stops = Boolean(writing) && empty;
     const left = this.#left;
 
     el.again.hidden = !closed;
     el.box.hidden = closed;
-    el.human.hidden = closed;
-    el.send.disabled = stops ? Boolean(stopping) : empty || left < 0;
+    el.clip.hidden = !this.#tray.wanted;
+    el.chooser.accept = this.#tray.types.join();
+    el.send.disabled = stops ? Boolean(stopping) : !this.#canSend;
     el.send.classList.toggle("stop", stops);
-    const label = stops ? (stopping ? s.stopping : s.stop) : s.send;
+    const label = stops ? (stopping ? t("stopping") : t("stop")) : t("send");
     if (el.send.getAttribute("aria-label") !== label) {
       el.send.setAttribute("aria-label", label);
       el.send.title = label;
@@ -515,17 +654,17 @@ export class ChatPanel {
     }
     const human = transcript.state === "human" || transcript.state === "waiting" || this.#humanAsked;
     el.human.disabled = human;
-    const words = human ? s.human_asked : s.human;
+    const words = human ? t("human_asked") : t("human");
     if (el.human.textContent !== words) el.human.replaceChildren(icon("person"), words);
-    el.input.placeholder = transcript.state === "human" ? s.placeholder_human : s.placeholder;
+    el.input.placeholder = t(transcript.state === "human" ? "placeholder_human" : "placeholder");
     el.note.classList.toggle("over", left < 0);
-    setText(el.note, left <= COUNT_FROM ? s.left(left) : s.disclosure);
+    setText(el.note, left > COUNT_FROM ? (transcript.state === "human" ? "" : t("disclosure")) : left < 0 ? t("over", { n: -left }) : t("left", { n: left }));
   }
 
   #quickReplies(rows, last) {
     const { transcript } = this.client;
     if (!this.#botAnswers) return [];
-    if (rows.length === 0) return transcript.conversation ? [inLanguage(transcript.quickReplies, this.#language) || []].flat() : [];
+    if (rows.length === 0) return transcript.conversation ? [inLanguage(transcript.quickReplies, this.#t.lang) || []].flat() : [];
     return last?.kind === "message" && last.role === "bot" && rows.at(-1) === last ? (last.quick_replies ?? []) : [];
   }
 
@@ -536,32 +675,39 @@ export class ChatPanel {
 
   #fillGreeting(view, text) {
     this.#fillBubble(view, text, []);
-    view.bubble.hidden = false;
+    const { hours } = this.#host.dataset;
+    view.tail.replaceChildren(...(hours ? [h("p.hours", {}, hours)] : []));
   }
 
-  /** The visitor's own message: plain text, never markdown. */
+  /** Plain text, never markdown. */
   #fillOwn(view, row) {
     const sign = [row.seq, row.sending && this.client.connection, row.failed?.code].join();
     if (view.sign === sign) return;
     view.sign = sign;
-    const s = this.#s;
+    const t = this.#t;
     view.node.classList.toggle("unsent", Boolean(row.sending));
     view.node.classList.toggle("failed", Boolean(row.failed));
-    const children = [h("span.sr", {}, `${s.you}: `), h("div.bubble", { dir: "auto" }, row.text)];
+    view.files ??= row.attachments?.length ? this.#files(row.attachments) : null;
+    const children = [h("span.sr", {}, `${t("you")}: `), view.files, row.text && h("div.bubble", { dir: "auto" }, row.text)].filter(Boolean);
     if (row.failed) children.push(this.#makeTrouble(row).node);
     else {
-      const note = row.sending ? (this.client.connection === "online" ? s.sending : s.waiting_to_send) : this.#time(row.at);
+      const note = row.sending ? t(this.client.connection === "online" ? "sending" : "waiting_to_send") : this.#time(row.at);
+      if (row.left && row.email) children.push(h("div.foot", {}, icon("mail"), t("left_for", { email: row.email })));
       children.push(h("div.foot", {}, note));
     }
     view.node.replaceChildren(...children);
   }
 
-  #makeReply(role = "bot") {
+  #files(attachments) {
+    return filesNode(attachments, (id) => this.client.attachmentBlob(id), this.#t("attachments"));
+  }
+
+  #makeReply({ role = "bot", agent } = {}) {
     const bubble = h("div.bubble", { dir: "auto" });
     const tail = h("div.tail");
-    const name = h("span.sr", {}, `${role === "agent" ? this.#s.agent : this.#s.assistant}: `);
-    const shown = role === "agent" ? h("div.name", { "aria-hidden": "true" }, this.#s.agent) : null;
-    return { node: h(`div.row.${role}`, {}, name, ...(shown ? [shown] : []), bubble, tail), bubble, tail, blocks: [], sign: null };
+    const who = role === "agent" ? agent?.name || this.#t("agent") : this.#t("assistant");
+    const shown = role === "agent" && h("div.name", { "aria-hidden": "true" }, h("b", {}, [...who][0].toUpperCase()), who);
+    return { node: h(`div.row.${role}`, {}, h("span.sr", {}, `${who}: `), shown, bubble, tail), bubble, tail, blocks: [], sign: null };
   }
 
   #fillReply(view, row, isLast) {
@@ -575,7 +721,7 @@ export class ChatPanel {
       view.bubble.classList.toggle("wait", waiting);
       if (waiting) {
         view.blocks = [];
-        view.bubble.replaceChildren(dots(), h("span", {}, this.#s[row.phase] ?? this.#s.thinking));
+        view.bubble.replaceChildren(dots(), h("span", {}, this.#t(row.phase) || this.#t("thinking")));
       }
       view.tail.replaceChildren(...(live ? [] : this.#tail(view, row)));
     }
@@ -585,7 +731,7 @@ export class ChatPanel {
     if (view.again) view.again.hidden = !isLast || !this.#botAnswers;
   }
 
-  /** `citations` are null while the reply streams: its marks are shown, but open nothing yet. */
+  /** `citations` are null while the reply streams: its marks open nothing yet. */
   #fillBubble(view, text, citations) {
     const blocks = parseMarkdown(text);
     const cited = citations ? citations.length : -1;
@@ -610,48 +756,50 @@ export class ChatPanel {
   #mark(view, n, citation) {
     return h(
       "button.mark",
-      { type: "button", "aria-expanded": "false", "aria-label": this.#s.source_n(n, citation.title), onclick: () => this.#quote(view, n - 1) },
+      { type: "button", "aria-expanded": "false", "aria-label": this.#t("source_n", { n, title: citation.title }), onclick: () => this.#quote(view, n - 1) },
       String(n),
     );
   }
 
-  /** What stands under a finished reply. */
   #tail(view, row) {
-    const s = this.#s;
+    const t = this.#t;
     const parts = [];
-    const cards = (row.cards ?? []).filter((card) => card?.title);
-    if (cards.length) parts.push(h("div.cards", {}, ...cards.map((card) => this.#card(card))));
+    if (row.attachments?.length) parts.push(this.#files(row.attachments));
+    const origins = [this.#host.server, document.baseURI, ...(this.#host.dataset.images ?? "").split(/\s+/).filter(Boolean)].map(originOf);
+    const cards = (row.cards ?? []).map((card) => cardNode(card, t, this.#host.server, origins)).filter(Boolean);
+    if (cards.length) parts.push(h("div.cards", {}, ...cards));
     view.citations = row.citations ?? [];
     view.chips = view.citations.map((citation, i) =>
       h(
         "button.source",
-        { type: "button", "aria-expanded": "false", "aria-label": s.source_n(i + 1, citation.title), onclick: () => this.#quote(view, i) },
+        { type: "button", "aria-expanded": "false", "aria-label": t("source_n", { n: i + 1, title: citation.title }), onclick: () => this.#quote(view, i) },
         h("b", {}, String(i + 1)),
+        " ",
         h("span", {}, citation.title || citation.source || citation.id),
       ),
     );
     if (view.chips.length) {
       view.quote = h("div.quote", { hidden: true, role: "note" });
-      parts.push(h("div.sources", { role: "group", "aria-label": s.sources }, ...view.chips), view.quote);
+      parts.push(h("div.sources", { role: "group", "aria-label": t("sources") }, ...view.chips), view.quote);
     }
 
     const foot = h("div.foot", {}, h("span", {}, this.#time(row.at)));
     const tag = (text, symbol) => foot.append(h("span.tag", {}, symbol && icon(symbol), text));
-    if (row.outcome === "direct" && row.role === "bot") tag(s.approved, "check");
-    if (row.finish === "abort") tag(s.stopped);
-    if (row.finish === "length") tag(s.cut);
-    if (row.revised) tag(s.revised, "info");
+    if (row.outcome === "direct" && row.role === "bot") tag(t("approved"), "check");
+    if (row.finish === "abort") tag(t("stopped"));
+    if (row.finish === "length") tag(t("cut"));
+    if (row.revised) tag(t("revised"), "info");
     if (row.role === "bot") {
       const act = (symbol, label, onclick, pressed) =>
         h("button.act", { type: "button", title: label, "aria-label": label, "aria-pressed": pressed, onclick }, icon(symbol));
       const rate = (value) => () => {
         this.client.rate(row.seq, value);
-        this.#say(s.rated);
+        this.#say(t("rated"));
       };
-      view.thumbs = { up: act("up", s.good, rate("up"), "false"), down: act("thumbdown", s.bad, rate("down"), "false") };
-      const copy = act("copy", s.copy, () => this.#copy(plainText(row.text ?? ""), copy));
-      view.again = row.turn ? act("again", s.regenerate, () => this.client.regenerate(row.turn)) : null;
-      foot.append(h("span.acts", {}, view.thumbs.up, view.thumbs.down, copy, ...(view.again ? [view.again] : [])));
+      view.thumbs = { up: act("up", t("good"), rate("up"), "false"), down: act("thumbdown", t("bad"), rate("down"), "false") };
+      const copy = navigator.clipboard && act("copy", t("copy"), () => this.#copy(plainText(row.text ?? ""), copy));
+      view.again = row.turn ? act("again", t("regenerate"), () => this.client.regenerate(row.turn)) : null;
+      foot.append(h("span.acts", {}, view.thumbs.up, view.thumbs.down, copy, view.again));
     }
     parts.push(foot);
     return parts;
@@ -674,28 +822,8 @@ export class ChatPanel {
     if (open) view.quote.scrollIntoView({ block: "nearest" });
   }
 
-  #card(card) {
-    const s = this.#s;
-    const link = linkTo(absolute(card.url ?? "", this.#o.server));
-    const picture = card.image ? linkTo(absolute(card.image, new URL("store/", this.#o.server))) : null;
-    const pic = h("span.pic", {}, icon("bag"));
-    if (picture?.host) {
-      const image = h("img", { src: picture.href, alt: "", loading: "lazy", decoding: "async", width: 76, height: 76 });
-      image.addEventListener("error", () => pic.replaceChildren(icon("bag")));
-      pic.replaceChildren(image);
-    }
-    const stock = Number.parseInt(card.stock, 10);
-    const facts = h("span.facts", {}, h("span.price", {}, this.#price(card.price, card.currency)));
-    if (stock === 0) facts.append(h("span.few", {}, s.out_of_stock));
-    else if (stock > 0) facts.append(h(stock <= 5 ? "span.few" : "span", {}, stock <= 5 ? s.low_stock(stock) : s.in_stock));
-    const body = h("span", {}, h("span.title", {}, String(card.title)), facts);
-    return link?.host
-      ? h("a.card", { href: link.href, target: "_blank", rel: "noopener", "aria-label": s.view_product(card.title) }, pic, body)
-      : h("div.card", {}, pic, body);
-  }
-
   #makeTrouble(row) {
-    const s = this.#s;
+    const t = this.#t;
     const { failed } = row;
     const due = Date.now() + Math.min(120, failed.retry_after_s ?? 0) * 1000;
     const again = () => (row.role === "visitor" ? this.client.retry(row.id) : this.client.regenerate(row.turn));
@@ -704,47 +832,23 @@ export class ChatPanel {
       if (!button) return;
       const wait = Math.ceil((due - Date.now()) / 1000);
       button.disabled = wait > 0;
-      const label = wait > 0 ? s.try_in(wait) : s.try_again;
-      if (button.textContent !== label) button.replaceChildren(icon("again"), label);
-      if (wait > 0 && !this.#clock) {
-        this.#clock = setTimeout(() => {
-          this.#clock = 0;
-          for (const view of this.#ticking) if (view.node.isConnected) view.tick();
-            else this.#ticking.delete(view);
-        }, 1000);
-      }
+      const label = wait > 0 ? t("try_in", { n: wait }) : t("try_again");
+      button.replaceChildren(icon("again"), label);
+      if (wait > 0) setTimeout(tick, 1000);
     };
     const node = h("div.trouble", {}, h("span", {}, this.#failure(failed)), ...(button ? [button] : []));
-    if (row.role === "visitor") node.append(h("button.pill", { type: "button", onclick: () => this.client.discard(row.id) }, s.discard));
-    const view = { node, tick };
-    this.#ticking.add(view);
+    if (row.role === "visitor") node.append(h("button.pill", { type: "button", onclick: () => this.client.discard(row.id) }, t("discard")));
     tick();
-    return view;
+    return { node };
   }
 
-  #ticking = new Set();
-
   async #copy(text, button) {
-    try {
-      await navigator.clipboard.writeText(text);
-    } catch {
-      // No clipboard API without TLS: the old way, inside our own root.
-      const area = h("textarea.sr", { readonly: true });
-      area.value = text;
-      this.#el.panel.append(area);
-      area.select();
-      document.execCommand("copy");
-      area.remove();
-      button.focus();
-    }
+    await navigator.clipboard.writeText(text);
     button.replaceChildren(icon("check"));
-    this.#say(this.#s.copied);
+    this.#say(this.#t("copied"));
     setTimeout(() => button.replaceChildren(icon("copy")), 1600);
   }
 
-  // ------------------------------------------------------------------ place and time
-
-  /** How much of the transcript is below what is seen, in pixels. */
   get #below() {
     const { scroll } = this.#el;
     return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
@@ -786,32 +890,24 @@ export class ChatPanel {
   }
 
   #time(at) {
-    const date = new Date(at ?? Date.now());
-    if (Number.isNaN(date.getTime())) return "";
-    return new Intl.DateTimeFormat(TAGS[this.#language], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" }).format(date);
+    return this.#format(at ?? Date.now(), CLOCK);
   }
 
   #day(at) {
     const date = new Date(at);
     const days = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(date).setHours(0, 0, 0, 0)) / 86_400_000);
-    if (days === 0) return this.#s.today;
-    if (days === 1) return this.#s.yesterday;
-    return new Intl.DateTimeFormat(TAGS[this.#language], { dateStyle: "medium" }).format(date);
+    if (days === 0) return this.#t("today");
+    if (days === 1) return this.#t("yesterday");
+    return this.#format(at, { dateStyle: "medium" });
   }
 
-  #price(price, currency) {
-    const number = Number(price);
-    if (price === undefined || price === null || price === "" || Number.isNaN(number)) return String(price ?? "");
-    try {
-      return new Intl.NumberFormat(TAGS[this.#language], {
-        style: "currency",
-        currency: currency || "CNY",
-        currencyDisplay: "narrowSymbol",
-        minimumFractionDigits: Number.isInteger(number) ? 0 : 2,
-      }).format(number);
-    } catch {
-      return `${currency} ${price}`;
-    }
+  #when(at) {
+    const today = new Date(at).toDateString() === new Date().toDateString();
+    return this.#format(at, today ? CLOCK : { weekday: "long", ...CLOCK });
+  }
+
+  #format(at, options) {
+    return new Intl.DateTimeFormat(this.#t.lang, options).format(new Date(at));
   }
 }
 
@@ -819,10 +915,27 @@ function dots() {
   return h("span.dots", { "aria-hidden": "true" }, h("i"), h("i"), h("i"));
 }
 
-function absolute(address, base) {
+function originOf(address) {
   try {
-    return new URL(address, base).href;
+    return new URL(address).origin;
+  } catch {
+    return null;
+  }
+}
+
+function languageName(tag) {
+  try {
+    return new Intl.DisplayNames([tag], { type: "language" }).of(tag);
   } catch {
     return "";
+  }
+}
+
+/** `rgb` as a CSS colour, moved towards black (0) or white (255) until it has a contrast of 5:1 with `back`. */
+function readable(rgb, end, back, lightness) {
+  for (let part = 0; ; part += 0.04) {
+    const moved = rgb.map((c) => Math.round(c + (end - c) * Math.min(1, part)));
+    const [low, high] = [lightness(moved), lightness(back)].sort((x, y) => x - y);
+    if ((high + 0.05) / (low + 0.05) >= 5 || part >= 1) return `rgb(${moved.join(" ")})`;
   }
 }

@@ -35,10 +35,14 @@ async def test_asking_returns_the_event_and_streaming_its_frames(database: Path)
     assert server.hub.n_live == 0
 
 
-async def test_several_questions_at_once_get_their_own_replies(database: Path) -> None:
+async def test_several_questions_at_once_all_get_the_reply_that_answers_them(database: Path) -> None:
     async with running_server(database) as server, connect(server.ws_url) as client:
-        events = await asyncio.gather(*(client.ask(f"q{n}") for n in range(5)))
-        assert [e["text"] for e in events] == [f"echo: q{n}" for n in range(5)]
+        server.answerer.delay_s = 0.01
+        events = await asyncio.gather(*(client.ask(f"q{n}", id=f"a{n}") for n in range(5)))
+        for n, event in enumerate(events):
+            assert f"q{n}" in event["text"].removeprefix("echo: ").splitlines()
+            assert f"a{n}" in event.get("turns", [event["turn"]])
+        assert len({e["seq"] for e in events}) < 5
 
 
 async def test_a_refusal_is_raised_with_its_code(database: Path) -> None:
@@ -93,12 +97,13 @@ async def test_a_lost_connection_is_resumed_and_the_reply_arrives(database: Path
         assert len(server.answerer.asked) == 1
 
 
-async def test_a_failure_that_was_lost_with_the_connection_is_tried_again(database: Path) -> None:
-    """A `failed` frame is not stored: the client asks again for whatever is open, with the same id."""
+@pytest.mark.parametrize("n_retries", [0, 1])
+async def test_a_failure_that_was_lost_with_the_connection_is_told_on_return(database: Path, n_retries: int) -> None:
+    """A `failed` frame is not stored: the server says it again to who comes back."""
     async with (
         running_server(database) as server,
         CuttingProxy(server.port) as proxy,
-        connect(f"ws://127.0.0.1:{proxy.port}/ws") as client,
+        connect(f"ws://127.0.0.1:{proxy.port}/ws", n_retries=n_retries) as client,
         Wire(server.ws_url) as other_tab,
     ):
         await other_tab.hello(conversation=client.conversation, token=client.token)  # keeps the failure in memory
@@ -109,7 +114,11 @@ async def test_a_failure_that_was_lost_with_the_connection_is_tried_again(databa
         proxy.cut_all()
         server.answerer.gate.set()
         await other_tab.hear("failed")
-        assert (await question)["text"] == "echo: one two"
+        if n_retries:
+            assert (await question)["text"] == "echo: one two"
+        else:
+            with pytest.raises(RequestFailed, match="engine_failed"):
+                await question
 
 
 async def test_another_client_goes_on_where_the_first_ended(database: Path) -> None:

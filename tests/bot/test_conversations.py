@@ -20,6 +20,7 @@ from bot.errors import (
     EngineFailed,
     EngineNotReady,
     ReplyInProgress,
+    Restarting,
     UnknownConversation,
 )
 from bot.messages import Event, Reply, Turn
@@ -130,21 +131,108 @@ async def test_history_is_what_was_said_before(setting: Setting) -> None:
     ]
 
 
-async def test_questions_that_come_meanwhile_wait_their_turn_up_to_a_bound(setting: Setting) -> None:
-    setting.answerer.gate.clear()
+async def test_questions_that_come_meanwhile_wait_up_to_a_bound_and_get_one_reply(setting: Setting) -> None:
+    setting.answerer.delay_s = 0.02
     conversation, tab = await setting.start()
-    for n in range(6):
+    await setting.hub.ask(conversation, "a0", "q0 with a reply of some words", by=tab.subscriber)
+    await tab.hears("delta")  # it has begun: nothing joins it any more
+    setting.answerer.gate.clear()
+    for n in range(1, 6):
         await setting.hub.ask(conversation, f"a{n}", f"q{n}", by=tab.subscriber)
-        await until(lambda: setting.answerer.n_open == 1)
     with pytest.raises(ReplyInProgress):
         await setting.hub.ask(conversation, "a6", "q6", by=tab.subscriber)
     assert (await setting.hub.ask(conversation, "a5", "q5")).duplicate  # known ones are still acknowledged
     assert setting.hub.n_waiting == 5
     setting.answerer.gate.set()
-    await tab.hears("event", 6, role="bot")
-    assert [f["turn"] for f in tab.of("event", role="bot")] == [f"a{n}" for n in range(6)]
-    assert setting.answerer.histories[5] == [Turn(f"q{n}", f"echo: q{n}", ("faq-1",)) for n in range(5)]
-    assert len(await setting.storage.events(conversation)) == 12
+    await tab.hears("event", 2, role="bot")
+    first, second = tab.of("event", role="bot")
+    assert (first["turn"], "turns" in first) == ("a0", False)
+    assert (second["turn"], second["turns"]) == ("a5", ["a1", "a2", "a3", "a4", "a5"])
+    assert setting.answerer.asked == ["q0 with a reply of some words", "q1\nq2\nq3\nq4\nq5"]
+    assert setting.answerer.histories[1] == [Turn(setting.answerer.asked[0], first["text"], ("faq-1",))]
+    assert len(await setting.storage.events(conversation)) == 8
+
+
+# Several quick messages
+
+
+async def test_messages_sent_quickly_get_one_reply_each_stored_by_its_own_id(setting: Setting) -> None:
+    setting.answerer.gate.clear()
+    conversation, tab = await setting.start()
+    for n, text in enumerate(("hi", "I bought a lamp", "when does it come?")):
+        asked = await setting.hub.ask(conversation, f"a{n}", text, by=tab.subscriber)
+        assert (asked.event.seq, asked.duplicate) == (n + 1, False)
+        await until(lambda: setting.answerer.n_open == 1)
+    setting.answerer.gate.set()
+    event = await tab.hears("event", role="bot")
+    assert (event["turn"], event["turns"], event["seq"]) == ("a2", ["a0", "a1", "a2"], 4)
+    assert [f["id"] for f in tab.of("ack")] == ["a0", "a1", "a2"]
+    assert setting.answerer.asked[-1] == "hi\nI bought a lamp\nwhen does it come?"
+    assert "".join(f["text"] for f in tab.of("delta")) == event["text"]
+    assert {f["turn"] for f in tab.of("delta")} == {"a2"}
+    assert tab.of("status", turn="a2")[0]["turns"] == ["a0", "a1", "a2"]
+    for n in range(3):  # all are answered: sent again, they are acknowledged, and nothing is made anew
+        asked = await setting.hub.ask(conversation, f"a{n}", ("hi", "I bought a lamp", "when does it come?")[n])
+        assert asked.duplicate
+        assert asked.answered
+    await setting.hub.ask(conversation, "b", "next")
+    await tab.hears("event", role="bot", turn="b")
+    assert setting.answerer.histories[-1] == [Turn(event["text"].removeprefix("echo: "), event["text"], ("faq-1",))]
+
+
+async def test_any_message_of_a_group_stops_and_regenerates_the_whole(setting: Setting) -> None:
+    setting.answerer.gate.clear()
+    conversation, tab = await setting.start()
+    await setting.hub.ask(conversation, "a1", "first")
+    await setting.hub.ask(conversation, "a2", "second")
+    setting.hub.stop(conversation, "a1")
+    stopped = await tab.hears("event", role="bot")
+    assert (stopped["finish"], stopped["turns"]) == ("abort", ["a1", "a2"])
+    setting.answerer.gate.set()
+    await setting.hub.regenerate(conversation, "a1")
+    again = await tab.hears("event", 2, role="bot")
+    assert (again["turn"], again["turns"], again["text"]) == ("a2", ["a1", "a2"], "echo: first\nsecond")
+
+
+async def test_a_group_that_failed_is_tried_again_as_a_group_by_any_of_its_messages(setting: Setting) -> None:
+    setting.answerer.gate.clear()
+    setting.answerer.errors = [EngineBusy(0.01), EngineBusy(0.01)]  # the first call is given up for the second
+    conversation, tab = await setting.start()
+    await asyncio.gather(setting.hub.ask(conversation, "a1", "first"), setting.hub.ask(conversation, "a2", "second"))
+    failed = await tab.hears("failed", code="busy")
+    late = await setting.join(conversation)  # who joins later is told as well
+    assert (await late.hears("failed"))["code"] == "busy"
+    setting.answerer.gate.set()
+    setting.answerer.errors = []
+    await setting.hub.ask(conversation, failed["turn"], {"a1": "first", "a2": "second"}[failed["turn"]])
+    await tab.hears("event", role="bot", turn=failed["turn"])
+
+
+async def test_messages_too_long_for_one_question_get_replies_of_their_own(setting: Setting) -> None:
+    setting.answerer.gate.clear()
+    conversation, tab = await setting.start()
+    for n in range(2):
+        await setting.hub.ask(conversation, f"a{n}", "x" * 1500)
+    setting.answerer.gate.set()
+    await tab.hears("event", 2, role="bot")
+    assert [f["turn"] for f in tab.of("event", role="bot")] == ["a0", "a1"]
+
+
+async def test_the_first_text_waits_a_little_for_a_visitor_who_writes_on(setting: Setting) -> None:
+    setting.hub.typing_wait_s = 30.0
+    conversation, tab = await setting.start()
+    await setting.hub.ask(conversation, "a1", "hello")
+    await setting.hub.typing(conversation, "visitor", True, by=tab.subscriber)
+    await tab.hears("status", phase="typing")
+    assert not tab.of("delta")
+    await setting.hub.ask(conversation, "a2", "how much is shipping?")
+    assert (await tab.hears("event", role="bot"))["turns"] == ["a1", "a2"]
+    await setting.hub.ask(conversation, "a3", "and then?")  # a message ends the typing by itself
+    await tab.hears("event", role="bot", turn="a3")
+    setting.hub.typing_wait_s = 0.05
+    await setting.hub.ask(conversation, "a4", "who types for ever")
+    await setting.hub.typing(conversation, "visitor", True, by=tab.subscriber)
+    await tab.hears("event", role="bot", turn="a4")
 
 
 async def test_the_same_id_five_times_at_once_gives_one_reply(setting: Setting) -> None:
@@ -294,9 +382,11 @@ async def test_stop_keeps_what_there_is(setting: Setting) -> None:
 
 
 async def test_stop_reaches_a_question_that_still_waits(setting: Setting) -> None:
-    setting.answerer.gate.clear()
+    setting.answerer.delay_s = 0.01
     conversation, tab = await setting.start()
-    await setting.hub.ask(conversation, "a1", "first")
+    await setting.hub.ask(conversation, "a1", "first of many words to be said")
+    await tab.hears("delta")
+    setting.answerer.gate.clear()
     await setting.hub.ask(conversation, "a2", "second")
     setting.hub.stop(conversation, "a2")
     setting.answerer.gate.set()
@@ -360,11 +450,14 @@ async def test_a_failed_reply_shows_no_detail_and_the_same_id_tries_again(
 
 
 async def test_a_failure_does_not_hold_up_the_next_question(setting: Setting) -> None:
-    setting.answerer.errors = [EngineFailed("x")]
+    setting.answerer.errors = [(2, EngineFailed("x"))]
+    setting.answerer.delay_s = 0.01
     conversation, tab = await setting.start()
-    await asyncio.gather(setting.hub.ask(conversation, "a1", "one"), setting.hub.ask(conversation, "a2", "two"))
-    await tab.hears("failed")
-    await tab.hears("event", role="bot")
+    await setting.hub.ask(conversation, "a1", "one two three")
+    await tab.hears("delta")
+    await setting.hub.ask(conversation, "a2", "two")
+    await tab.hears("failed", turn="a1")
+    await tab.hears("event", role="bot", turn="a2")
 
 
 async def test_an_answerer_without_a_reply_is_a_failure_not_a_silence(setting: Setting) -> None:
@@ -451,21 +544,24 @@ async def test_a_human_silences_the_bot(setting: Setting) -> None:
     conversation, tab = await setting.start()
     await setting.hub.ask(conversation, "a1", " ".join(map(str, range(200))))
     await tab.hears("delta", 2)
-    await setting.hub.set_state(conversation, "human", reason="agent")
+    await setting.hub.move(
+        conversation, ["request", "accept"], "agent", by={"role": "agent"}, agent={"id": "a_1", "name": "Li"}
+    )
     assert (await tab.hears("event", role="bot"))["finish"] == "abort"
+    await tab.hears("event", kind="state", state="human")
     await setting.hub.ask(conversation, "a2", "are you there?")
     await tab.hears("event", role="visitor", turn="a2")
     await until(lambda: setting.hub.n_tasks == 0)
     assert len(setting.answerer.asked) == 1
     again = await setting.join(conversation)
-    await again.hears("event", 4)
+    await again.hears("event", 5)
     assert len(setting.answerer.asked) == 1
 
 
 async def test_a_closed_conversation_opens_again_with_the_next_question(setting: Setting) -> None:
     conversation, tab = await setting.start()
-    await setting.hub.set_state(conversation, "closed", reason="visitor", score=5, comment=None)
-    await setting.hub.set_state(conversation, "closed", reason="visitor")
+    await setting.hub.close_by_visitor(conversation, 5, None)
+    await setting.hub.close_by_visitor(conversation, None, None)
     await setting.hub.ask(conversation, "a1", "one more thing")
     await tab.hears("event", role="bot")
     states = tab.of("event", kind="state")
@@ -497,8 +593,55 @@ async def test_what_a_restart_left_unanswered_is_answered_at_start_and_on_return
     other, _ = await setting.storage.create_conversation(None)
     await setting.storage.append_ask(other, "a1", "on return")
     tab = await setting.join(other)
-    await tab.hears("event", role="bot")
+    assert (await tab.hears("event", role="bot"))["recovered"] is True
     assert setting.answerer.asked == ["at start", "on return"]
+
+
+async def test_a_question_cut_long_ago_is_marked_and_offered_again(setting: Setting) -> None:
+    setting.hub.resume_age_s = -1.0
+    conversation, _ = await setting.storage.create_conversation(None)
+    await setting.storage.append_ask(conversation, "a1", "long ago")
+    for tab in (await setting.join(conversation), await setting.join(conversation)):
+        failed = await tab.hears("failed")
+        assert (failed["turn"], failed["code"], failed["retryable"]) == ("a1", "interrupted", True)
+    assert setting.answerer.asked == []
+    await setting.hub.ask(conversation, "a1", "long ago")
+    await tab.hears("event", role="bot", turn="a1")
+    late = await setting.join(conversation)
+    await late.hears("event", role="bot")
+    assert not late.of("failed")
+
+
+async def test_nothing_is_taken_up_before_it_can_be_answered(setting: Setting) -> None:
+    conversation, _ = await setting.storage.create_conversation(None)
+    await setting.storage.append_ask(conversation, "a1", "one")
+    await setting.storage.append_ask(conversation, "a2", "two")
+    setting.hub.hold_recovery()
+    tab = await setting.join(conversation)
+    await asyncio.sleep(0.02)
+    assert not tab.of("failed")
+    assert setting.answerer.asked == []
+    assert await setting.hub.recover(max_age_s=-1.0) == 2  # too old to be taken up unasked, but its visitor is here
+    for turn in ("a1", "a2"):
+        assert (await tab.hears("event", role="bot", turn=turn))["recovered"] is True
+
+
+async def test_draining_ends_each_connection_when_its_reply_is_done(setting: Setting) -> None:
+    setting.answerer.gate.clear()
+    idle, quiet = await setting.start()
+    busy, tab = await setting.start()
+    await setting.hub.ask(busy, "a1", "one two three")
+    await tab.hears("status", phase="typing")
+    draining = asyncio.create_task(setting.hub.drain(30.0))
+    await until(lambda: quiet.subscriber.close_code == 1012)
+    for refused in (setting.hub.ask(busy, "a2", "x"), setting.hub.regenerate(busy, "a1"), setting.join(idle)):
+        with pytest.raises(Restarting):
+            await refused
+    assert tab.subscriber.close_code is None
+    setting.answerer.gate.set()
+    await draining
+    assert tab.of("event", role="bot")
+    assert tab.subscriber.close_code == 1012
 
 
 async def test_closing_lets_short_replies_end_and_gives_long_ones_up(tmp_path: Path) -> None:
@@ -517,7 +660,7 @@ async def test_closing_lets_short_replies_end_and_gives_long_ones_up(tmp_path: P
     assert [e.role for e in await storage.events(short)] == ["visitor", "bot"]
     assert [e.role for e in await storage.events(long)] == ["visitor", "visitor"]
     assert (tab.subscriber.close_code, other.subscriber.close_code) == (1012, 1012)
-    with pytest.raises(EngineNotReady):
+    with pytest.raises(Restarting):
         await setting.hub.ask(short, "a2", "too late")
     await setting.idle()
     await storage.close()

@@ -577,6 +577,7 @@ async def test_after_kill_9_everything_acknowledged_is_there_and_answered(tmp_pa
             assert Counter((f["role"], f["turn"]) for f in events) == Counter(
                 (role, turn) for role in ("visitor", "bot") for turn in ("a1", "a2", "a3")
             )
+            assert {f["turn"] for f in events if f.get("recovered")} == {"a2", "a3"}
             texts = {f["turn"]: f["text"] for f in events if f["role"] == "bot"}
             assert texts == {"a1": "echo: one", "a2": f"echo: {long}", "a3": "echo: three"}  # none half said
             await tab.say("ask", id="a2", text=long)  # the client, not knowing, sends it again
@@ -623,6 +624,9 @@ async def test_stopping_the_server_tells_the_tabs_to_come_back(database: Path) -
     async with running_server(database) as server:
         tab = await Wire(server.ws_url).__aenter__()
         await tab.hello()
+    notice = await tab.hear()
+    assert (notice["type"], notice["reason"]) == ("reconnect", "restart")
+    assert 50 <= notice["after_ms"] <= 151
     with pytest.raises(ConnectionClosed) as closed:
         await tab.hear()
     assert closed.value.rcvd is not None

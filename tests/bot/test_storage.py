@@ -13,8 +13,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncTransaction
 
+from bot.agents.records import Records
 from bot.errors import Conflict, MerchantError, StorageUnavailable, UnknownConversation
 from bot.storage import Storage, upgrade_schema
+from bot.tables import METADATA
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -253,9 +255,7 @@ async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 async def test_the_schema_is_what_the_code_says(storage: Storage, tmp_path: Path) -> None:
-    from bot.storage import _METADATA
-
-    for table in _METADATA.tables.values():
+    for table in METADATA.tables.values():
         columns = {row[1] for row in rows(tmp_path / "log.db", f"PRAGMA table_info({table.name})")}
         assert columns == {column.name for column in table.columns}
     assert rows(tmp_path / "log.db", "PRAGMA journal_mode") == [("wal",)]
@@ -290,6 +290,9 @@ async def test_a_log_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -
     assert [e.text for e in await storage.events("c_old")] == ["有货吗", "有", "多少钱"]
     (due,) = await storage.unanswered(since=LONG_AGO)
     assert (due.client_id, due.asked_at) == ("a2", datetime(2026, 11, 1, 10, tzinfo=UTC))
+    (card,) = await Records(storage).cards(["c_old"])
+    assert (card.state, card.last_role, card.last_text) == ("bot", "visitor", "多少钱")
+    assert card.last_at == card.state_at == datetime(2026, 11, 1, 10, tzinfo=UTC)
     assert (await storage.append("c_old", "note", {})).seq == 4
     await storage.close()
 

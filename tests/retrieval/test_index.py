@@ -37,12 +37,13 @@ def test_every_wording_and_one_body_is_a_unit(index: Index) -> None:
 
 def test_nearest_keeps_to_what_is_allowed(index: Index, hashing: HashingEmbedder) -> None:
     vector = hashing.embed_queries(["Do you ship?"])[0]
-    everything = np.ones(5, dtype=bool)
-    assert index.nearest(vector, everything, 1)[1].tolist() == [0]
-    cosines, numbers = index.nearest(vector, np.array([False, False, False, True, True]), 5)
+    both, second, none = (np.array(allowed) for allowed in ([True, True], [False, True], [False, False]))
+    assert index.nearest(vector, vector, "en", both, 1)[1].tolist() == [0]
+    assert index.nearest(vector, vector, "en", second, 5)[1].tolist() == []  # of the other language
+    cosines, numbers = index.nearest(vector, vector, "zh", second, 5)
     assert sorted(numbers.tolist()) == [3, 4]
     assert cosines[0] >= cosines[1]
-    assert len(index.nearest(vector, np.zeros(5, dtype=bool), 5)[1]) == 0
+    assert len(index.nearest(vector, vector, "zh", none, 5)[1]) == 0
 
 
 def test_a_snapshot_gives_the_same_index(index: Index, hashing: HashingEmbedder, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from retrieval import load
 from retrieval.errors import BadStore
+from retrieval.importing import text
 from retrieval.load import content_hash, dump_passage, load_knowledge, load_store, money, parse_passage, parse_time
 from retrieval.passages import Passage, is_valid
 
@@ -179,11 +179,11 @@ def test_limits_are_faults(store: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (store / "faqs.csv").write_text(header + f"a,b,{'x' * 140_000}\n", "utf-8")
     assert "more than 100,000 characters" in faults_of(store)[0]
     (store / "faqs.csv").write_text(",".join(f"c{n}" for n in range(1_001)) + "\n", "utf-8")
-    assert faults_of(store)[0] == "faqs.csv, row 1: 1,001 columns, more than 1,000"
-    monkeypatch.setattr(load, "MAX_ROWS", 2)
+    assert faults_of(store)[0] == "faqs.csv, row 1: 1,001 columns, more than 1,000; remove those without knowledge"
+    monkeypatch.setattr(text, "MAX_ROWS", 2)
     (store / "faqs.csv").write_text(header + "a,b,c\nd,e,f\ng,h,i\n", "utf-8")
     assert faults_of(store)[0] == "faqs.csv, row 4: more than 2 rows; split the file"
-    monkeypatch.setattr(load, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(text, "MAX_FILE_BYTES", 10)
     assert "split the file" in faults_of(store)[0]
 
 

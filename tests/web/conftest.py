@@ -28,8 +28,10 @@ ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What a cut or refused connection prints; nothing of ours can silence it.
-EXPECTED = re.compile(r"WebSocket connection to|ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE")
+# What a cut or refused connection prints, and a refused request; nothing of ours can silence it.
+EXPECTED = re.compile(
+    r"WebSocket connection to|ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|of (401|503) "
+)
 WATCH_CSP = (
     "window.violations = []; addEventListener('securitypolicyviolation', "
     "(e) => violations.push(`${e.violatedDirective} ${e.blockedURI}`), true);"
@@ -43,6 +45,7 @@ def browser() -> Iterator[Browser]:
     path = next((path for path in CHROMIUMS if Path(path).exists()), None)
     if path is None:
         pytest.skip(f"no Chromium at any of {', '.join(CHROMIUMS)}; browser tests need one (apt install chromium)")
+    sync_api.expect.set_options(timeout=15_000)  # the machine may be busy; what holds is seen at once
     with sync_api.sync_playwright() as runner:
         opened = runner.chromium.launch(executable_path=path, args=ARGS)
         yield opened

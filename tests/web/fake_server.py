@@ -38,6 +38,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".json": "application/json",
 }
 RELEASE = {"model": "fake", "adapter": None, "prompt": "p1", "knowledge": "k1"}
 
@@ -113,10 +114,11 @@ class FakeServer:
     def __init__(self, port: int = 0, *, store: dict[str, Any] | None = None) -> None:
         self.port = port
         self.store = demo_store() if store is None else store
-        self.pages: dict[str, str] = {}  # path -> HTML, for pages of other shops
+        self.pages: dict[str, str] = {}  # path -> text, for pages of other shops
         self.frames: list[dict[str, Any]] = []
         self.conversations: dict[str, Conversation] = {}
         self.engine_phase = "ready"
+        self.human: dict[str, Any] = {"open": True, "opens_at": None, "agents_online": True}  # of `welcome`
         self.delta_s = 0.02
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -130,9 +132,18 @@ class FakeServer:
 
     def __exit__(self, *_: object) -> None:
         self.down()
+        asyncio.run_coroutine_threadsafe(self._leave_nothing(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
         self._loop.close()
+
+    async def _leave_nothing(self) -> None:
+        """End what waits for connections that a browser opened ahead of need and never used."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.02)  # closed transports say so in the next round
 
     @property
     def url(self) -> str:
@@ -184,6 +195,15 @@ class FakeServer:
             time.sleep(0.02)
         return found
 
+    def tell(self, frame: dict[str, Any]) -> None:
+        """Send a frame that is no event to every visitor."""
+
+        async def send() -> None:
+            for conversation in self.conversations.values():
+                await self._tell(conversation, frame)
+
+        asyncio.run_coroutine_threadsafe(send(), self._loop).result(10)
+
     def say(self, kind: str, **data: Any) -> None:
         """Add an event to every conversation, as an agent or the system does."""
 
@@ -202,7 +222,7 @@ class FakeServer:
         if path == "/ws":
             return None
         if path in self.pages:
-            return _reply(200, self.pages[path].encode(), TYPES[".html"], policy=None)
+            return _reply(200, self.pages[path].encode(), TYPES[Path(path).suffix], policy=None)
         if path == "/store.json":
             return (
                 _reply(HTTPStatus.OK, json.dumps(self.store).encode(), "application/json")
@@ -264,7 +284,9 @@ class FakeServer:
             "state": known.state, "store": {"name": store.get("names", {}).get(language, "Shop")},
             "greeting": store.get("greeting", {}).get(language, "Hello!"),
             "quick_replies": store.get("quick_replies", {}).get(language, []),
-            "limits": {"text_chars": 2000, "frame_bytes": 16384, "id_chars": 64},
+            "limits": {"text_chars": 2000, "frame_bytes": 16384, "id_chars": 64, "attachment_bytes": 2**20,
+                       "attachments": 5, "attachment_types": ["image/png", "image/jpeg", "application/pdf"]},
+            "human": self.human, "customer": None, "agent": None,
         })  # fmt: skip
         for event in known.events[frame.get("after", 0) :]:
             await _send(socket, event)
@@ -290,6 +312,14 @@ class FakeServer:
                 said = "已为您呼叫人工客服，请稍候。"
                 await self._tell(conversation, conversation.add("message", role="system", text=said))
                 await self._tell(conversation, conversation.add("state", state="waiting", reason="visitor"))
+            case "leave_message":
+                left = conversation.add(
+                    "message", role="visitor", turn=frame["id"], text=frame["text"], email=frame["email"], left=True
+                )
+                await _send(socket, {"type": "ack", "id": frame["id"], "seq": left["seq"], "duplicate": False})
+                await self._tell(conversation, left)
+                said = "我们已收到您的留言。"
+                await self._tell(conversation, conversation.add("message", role="system", text=said))
             case "close":
                 conversation.state = "closed"
                 await self._tell(conversation, conversation.add("state", state="closed"))
@@ -304,7 +334,12 @@ class FakeServer:
             return
         duplicate = id_ in conversation.acks
         if not duplicate:
-            event = conversation.add("message", role="visitor", turn=id_, text=text)
+            sent = (
+                {"attachments": [{"id": a, "kind": "image", "name": f"{a}.png", "size_bytes": 900} for a in files]}
+                if (files := frame.get("attachments"))
+                else {}
+            )
+            event = conversation.add("message", role="visitor", turn=id_, text=text, **sent)
             conversation.acks[id_] = event["seq"]
             if "NOACK" in text:  # stored, but the visitor never hears of it
                 socket.transport.abort()

@@ -4,8 +4,6 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { applyFrame, emptyTranscript, rowsOf, unansweredTurn, writingTurn } from "../../bot/web/frames.js";
-import { STRINGS } from "../../bot/web/strings.js";
-import { inLanguage, pickLanguage } from "../../bot/web/language.js";
 
 const WELCOME = { type: "welcome", conversation: "c1", token: "t", seq: 0, state: "bot", store: "Shop", greeting: "Hi", quick_replies: ["a"] };
 const visitor = (seq, text, turn = `q${seq}`) => ({ type: "event", seq, at: "2026-11-22T03:00:00Z", kind: "message", role: "visitor", turn, text });
@@ -165,17 +163,34 @@ test("transcripts are never changed in place", () => {
   }
 });
 
-test("both languages have every string", () => {
-  const keys = (strings) => Object.entries(strings).map(([k, v]) => [k, typeof v === "object" ? Object.keys(v) : typeof v]);
-  assert.deepEqual(keys(STRINGS.zh), keys(STRINGS.en));
+test("several questions with one reply: it stands under the last, and nothing is left as being written", () => {
+  const begun = after(
+    WELCOME,
+    visitor(1, "one", "q1"),
+    { type: "status", turn: "q1", phase: "searching" },
+    visitor(2, "two", "q2"),
+    { type: "status", turn: "q2", phase: "searching", turns: ["q1", "q2"] },
+    delta("q2", 0, "Both."),
+  );
+  assert.deepEqual(texts(begun), ["one", "two", "Both."]);
+  assert.equal(writingTurn(begun), "q2");
+  const done = applyFrame(begun, bot(3, "q2", "Both.", { turns: ["q1", "q2"] }));
+  assert.deepEqual([texts(done), writingTurn(done), unansweredTurn(done)], [["one", "two", "Both."], null, null]);
 });
 
-test("the language is the merchant's, else the page's, else the browser's", () => {
-  assert.equal(pickLanguage("zh", "en", ["en"]), "zh");
-  assert.equal(pickLanguage("auto", "zh-Hans-CN", ["en"]), "zh");
-  assert.equal(pickLanguage(undefined, "", ["zh-TW", "en"]), "zh");
-  assert.equal(pickLanguage("auto", "", ["de-DE"]), "en");
-  assert.equal(pickLanguage("auto", null, []), "en");
-  assert.equal(inLanguage({ zh: "您好", en: "Hello" }, "en"), "Hello");
-  assert.deepEqual(inLanguage(["a"], "en"), ["a"]);
+test("who is there to help: the queue moves, the agent has a name and types for a while", () => {
+  const waiting = after({ ...WELCOME, human: { open: true, agents_online: true, position: null } }, { type: "event", seq: 1, kind: "state", state: "waiting", position: 2, expected_wait_s: 90 });
+  assert.deepEqual([waiting.state, waiting.human.position, waiting.human.expected_wait_s], ["waiting", 2, 90]);
+  const next = applyFrame(waiting, { type: "queue", position: 1, expected_wait_s: null });
+  assert.deepEqual([next.human.position, next.human.expected_wait_s, next.human.open], [1, null, true]);
+  const human = after(WELCOME, { type: "event", seq: 1, kind: "state", state: "human", agent: { id: "a1", name: "Li" } }, { type: "typing", role: "agent", name: "Li", on: true });
+  assert.deepEqual([human.agent.name, human.agentTyping, human.human.position], ["Li", { name: "Li" }, null]);
+  assert.equal(applyFrame(human, { type: "typing", role: "visitor", on: true }), human); // our own other tab
+  assert.equal(applyFrame(human, { type: "event", seq: 2, kind: "message", role: "agent", text: "hi" }).agentTyping, null);
+});
+
+test("a left message and its files stay with the row until it is stored", () => {
+  const attachments = [{ id: "a_1", kind: "image", name: "x.png" }];
+  const [row] = rowsOf(after(WELCOME, { type: "local.ask", id: "x", text: "call me", at: "2026-11-22T03:00:00Z", email: "a@b.example", attachments }));
+  assert.deepEqual([row.left, row.email, row.attachments], [true, "a@b.example", attachments]);
 });

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,59 +11,13 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed (
 from playwright.sync_api import expect
 
 from tests.web.chat_page import PHONE, OpenPage, ask, bubbles, launcher, panel, replies, start
-
-ROOT = Path(__file__).resolve().parents[2]
-READY_S = 400.0  # the first start on a machine embeds the demo store; later ones take seconds
+from tests.web.real_server import RealServer
 
 pytestmark = pytest.mark.timeout(480)
 
 
-class RealServer:
-    """`serve.py` in a process of its own, on one port over restarts."""
-
-    def __init__(self, data: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/"
-        self.log = data / "server.log"
-        self._data = data
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def up(self) -> None:
-        command = [sys.executable, "serve.py", "--engine", "none", "--store", "examples/demo", "--host", "127.0.0.1"]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--port", str(self.port)],
-                cwd=ROOT,
-                env={**os.environ, "ZHANGGUI_DATA": str(self._data)},
-                stdout=log,
-                stderr=log,
-            )
-        end = time.monotonic() + READY_S
-        while not self._ready():
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"the server did not become ready:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.2)
-
-    def down(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(30)
-            self._process = None
-
-    def _ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}readyz", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    if not (ROOT / "serve.py").is_file() or not (ROOT / "serve.py").stat().st_size:
-        pytest.skip("there is no serve.py to start yet")
     running = RealServer(tmp_path_factory.mktemp("server"))
     try:
         running.up()
@@ -141,6 +87,7 @@ def test_a_rating_a_human_and_the_end(open_url: OpenPage, server: RealServer) ->
     expect(page.get_by_role("button", name="已请求人工")).to_be_disabled()
     page.reload()
     expect(replies(page).get_by_role("button", name="有帮助", exact=True)).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="更多选项").click()
     page.get_by_role("button", name="结束会话").click()
     page.get_by_role("radio", name="5 星").click()
     page.locator("zhanggui-chat .sheet").get_by_role("button", name="结束会话").click()

@@ -1,0 +1,599 @@
+"""
+`train`: one run, from a data folder to trained weights. The order of everything is fixed by the seed.
+
+A run that was interrupted and resumed ends with the same bits as one that was not, and so does a rerun, on the same CPU
+with the same number of threads and library versions. Knows tokens, steps and files; what a row or a method is, is in
+finetune/modeling.py. An interrupt is answered after the step under way, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bot.catalog import load_catalog, resolve_model
+from bot.errors import BotError, MerchantError
+from bot.messages import Message
+from bot.prompt import PROMPT_VERSION, PromptStore
+from finetune.adversarial import Disturbance
+from finetune.config import RunConfig
+from finetune.data import Data, load_data
+from finetune.examples import Example, ExampleTooLong, Row, TemplateUnusable, label_conversation, mask_proof, plan_epoch
+from finetune.grounding import NO_STORE, Conversation, Search, conversations
+from finetune.methods import check_servable
+from finetune.modeling import (
+    HfTokenizer,
+    adapt,
+    load_base,
+    orthogonality,
+    row_inputs,
+    row_loss,
+    save_result,
+    trainable,
+    virtual_tokens,
+)
+from finetune.runs import RunFolder, environment
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Interrupted(BotError):
+    """The run was asked to stop; a checkpoint is written, `--resume` goes on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"interrupted after step {self.step}; the same command with --resume goes on from there"
+
+
+class LossNotFinite(BotError):
+    """The loss is no number any more: the weights are lost since; the last checkpoint is not."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"the loss at step {self.step} is not a finite number: lower lr, then train anew"
+
+
+@dataclass
+class Progress:
+    """Where a run is; all of it goes into a checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    n_tokens: int = 0
+    n_learned: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    n_bad: int = 0
+    stopped: str = ""
+    evals: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    search: Search | None = None,
+    store: PromptStore | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    publishable: bool = False,
+    report: Report = lambda event: None,
+) -> dict[str, Any]:
+    """
+    Train as `config` says into `folder` and return result.json; with `dry_run` only the estimate, and nothing is kept.
+
+    Raises:
+        MerchantError: the configuration, the data or the folder cannot be used.
+        Interrupted: SIGINT or SIGTERM came; the folder can be resumed.
+        LossNotFinite: training diverged.
+    """
+    # 1) Everything that can be refused, before anything heavy.
+    method = check_servable(config, must_serve=publishable)
+    data = load_data(config.data)
+    run = RunFolder(folder, resume=resume)
+    try:
+        if resume:
+            _check_same(run, config, data)
+        base_name = config.base or load_catalog().default_name
+        base = resolve_model(base_name)
+        torch.set_num_threads(config.threads or _cores())
+        _seed(config.seed)
+        tokenizer = HfTokenizer(base)
+
+        # 2) Conversations, rendered as in serving; kept in the run, so that a resumed one needs no index.
+        counts: Counter[str] = Counter()
+        examples = {
+            split: _examples(run, split, data, config, tokenizer, search, store or NO_STORE, counts)
+            for split in ("train", "valid")
+        }
+        if not examples["train"]:
+            raise MerchantError(f"no example is left to train on: {dict(counts)}")
+        lengths = [len(e.input_ids) for e in examples["train"]]
+        n_steps = _n_steps(config, lengths)
+        if not resume:
+            run.write_json("run.json", _head(config, data, base_name, base, tokenizer, counts, examples, n_steps))
+            (folder / "mask_proof.txt").write_text(mask_proof(examples["train"], tokenizer.decode), encoding="utf-8")
+
+        # 3) The model, and what the run will cost.
+        model = adapt(load_base(base, config), config, n_steps, base_name)
+        trainer = _Trainer(config, run, model, examples, n_steps, tokenizer, report)
+        estimate = trainer.estimate()
+        report({"kind": "estimate", **estimate})
+        if dry_run:
+            return estimate
+        if not resume:
+            run.write_json("estimate.json", estimate)
+
+        # 4) Train; then the best weights, not the last ones, are the result.
+        if resume:
+            trainer.load_checkpoint()
+        with _interrupts() as stop:
+            trainer.run_to_end(stop)
+        trainer.load_best()
+        shutil.rmtree(folder / "result", ignore_errors=True)
+        saved = save_result(model, tokenizer, config, folder / "result")
+        result = {
+            **trainer.summary(),
+            **saved,
+            "method": method.name,
+            "serve": {"cuda": method.cuda, "cpu": method.cpu, "how": method.how},
+            "sha256": folder_hash(folder / "result"),
+            "estimate": run.read_json("estimate.json"),
+        }
+        run.write_json("result.json", result)
+        run.draw_curves()
+        return result
+    finally:
+        run.close()
+        if dry_run and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _check_same(run: RunFolder, config: RunConfig, data: Data) -> None:
+    head = run.read_json("run.json")
+    asked = json.loads(config.model_dump_json())
+    for name, value in asked.items():
+        if head["config"].get(name) != value:
+            raise MerchantError(
+                f"--resume: {name} was {head['config'].get(name)!r} and is {value!r}; a run keeps its configuration"
+            )
+    if head["data_sha256"] != data.sha256:
+        raise MerchantError(f"--resume: {str(config.data)!r} is other data than the run began with")
+
+
+def _head(
+    config: RunConfig, data: Data, base_name: str, base: Path, tokenizer: HfTokenizer, counts: Counter[str],
+    examples: dict[str, list[Example]], n_steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    template = hashlib.sha256(str(tokenizer.inner.chat_template).encode()).hexdigest()
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "command": sys.argv,
+        "data_sha256": data.sha256,
+        "base": base_name,
+        "base_sha256": _weights_hash(base),
+        "prompt_version": PROMPT_VERSION,
+        "chat_template_sha256": template,
+        "environment": environment(),
+        "threads": torch.get_num_threads(),
+        "counts": dict(counts),
+        "n_examples": {split: len(found) for split, found in examples.items()},
+        "n_steps": n_steps,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _weights_hash(base: Path) -> str:
+    """Name the base by its files' names and sizes: hashing gigabytes at every start would take longer than a short run."""  # noqa: E501
+    files = sorted((p.name, p.stat().st_size) for p in base.glob("*.safetensors"))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """Return the checksum of a result: of its weights and configurations, by name."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".safetensors", ".json"):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _examples(
+    run: RunFolder, split: str, data: Data, config: RunConfig, tokenizer: HfTokenizer, search: Search | None,
+    store: PromptStore, counts: Counter[str],
+) -> list[Example]:  # fmt: skip
+    path = run.folder / f"conversations-{split}.jsonl"
+    if not path.exists():
+        write_conversations(path, split, data, config, tokenizer, search, store, counts)
+    examples: list[Example] = []
+    for conversation in read_conversations(path):
+        try:
+            examples += label_conversation(conversation.messages, conversation.learn, tokenizer, config.max_tokens)
+        except ExampleTooLong:
+            counts[f"left out of {split}: longer than max_tokens"] += 1
+        except TemplateUnusable as exc:
+            raise MerchantError(f"base {config.base!r}: {exc}") from None
+    return [e for e in examples if e.n_learned]
+
+
+def write_conversations(
+    path: Path, split: str, data: Data, config: RunConfig, tokenizer: HfTokenizer, search: Search | None,
+    store: PromptStore, counts: Counter[str],
+) -> None:  # fmt: skip
+    """Render a side of the data into a run's file, whole or not at all. Unanswerable questions are made for training only."""  # noqa: E501
+    found = conversations(
+        data.splits[split], store, search, n_passages=config.n_passages,
+        unanswerable=config.unanswerable if split == "train" else 0.0, ungrounded=config.ungrounded, seed=config.seed,
+        count_tokens=tokenizer.count, max_prompt_tokens=config.max_tokens * 3 // 4, counts=counts,
+    )  # fmt: skip
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for c in found:
+            messages = [[m.role, m.content] for m in c.messages]
+            file.write(json.dumps({"kind": c.kind, "learn": c.learn, "messages": messages}, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def read_conversations(path: Path) -> Iterator[Conversation]:
+    """Yield what a run was trained on, as it is kept in the run's folder."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            raw = json.loads(line)
+            yield Conversation(tuple(Message(r, c) for r, c in raw["messages"]), tuple(raw["learn"]), raw["kind"])
+
+
+def _plan(config: RunConfig, lengths: Sequence[int], epoch: int) -> list[list[Row]]:
+    return plan_epoch(
+        lengths, row_tokens=config.row_tokens, batch_tokens=config.batch_tokens, packing=config.packs,
+        seed=config.seed, epoch=epoch,
+    )  # fmt: skip
+
+
+def _n_steps(config: RunConfig, lengths: Sequence[int]) -> int:
+    whole, part = int(config.epochs), config.epochs - int(config.epochs)
+    n = sum(len(_plan(config, lengths, e)) for e in range(min(whole, 3)))
+    if whole > 3:  # epochs differ by a step at most; planning a hundred to know would be idle
+        n += (whole - 3) * len(_plan(config, lengths, 2))
+    n += math.ceil(part * len(_plan(config, lengths, whole)))
+    return max(1, min(n, config.max_steps) if config.max_steps else n)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a set event; a second one kills as usual. Only in the main thread."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for s in before:
+        signal.signal(s, ask)
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class _Trainer:
+    """The loop, with everything that changes while it turns."""
+
+    def __init__(
+        self, config: RunConfig, run: RunFolder, model: Any, examples: dict[str, list[Example]], n_steps: int,
+        tokenizer: HfTokenizer, report: Report,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.model, self.n_steps, self.report = config, run, model, n_steps, report
+        self.examples = examples
+        self.lengths = [len(e.input_ids) for e in examples["train"]]
+        self.device = str(next(model.parameters()).device.type)
+        self.pad_id = int(tokenizer.inner.pad_token_id or 0)
+        self.n_virtual = virtual_tokens(config)
+        self.parameters = trainable(model)
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=config.weight_decay,
+        )
+        self.progress = Progress()
+        self.disturbance = Disturbance(model.get_input_embeddings()) if config.adversarial != "none" else None
+        valid_lengths = [len(e.input_ids) for e in examples["valid"]]
+        self.valid_rows = [r for step in _plan(config, valid_lengths, 0) for r in step] if valid_lengths else []
+        per_epoch = len(_plan(config, self.lengths, 0))
+        self.eval_every = config.eval_every or max(1, per_epoch // 4)
+
+    # Before the first step
+
+    def estimate(self) -> dict[str, Any]:
+        """Return tokens, steps, time and memory of the run, from three real rows; leaves no trace in the run's state."""  # noqa: E501
+        state = torch.get_rng_state()
+        self.model.train()
+        plan = _plan(self.config, self.lengths, 0)
+        rows = list(itertools.islice(itertools.chain.from_iterable(plan), 3))
+        tokens, seconds = 0, 0.0
+        for n, row in enumerate(rows):
+            began = time.perf_counter()
+            inputs = self._inputs("train", row)
+            self._backward(inputs, 1.0)
+            if n or len(rows) == 1:  # the first one also warms caches and picks kernels
+                tokens += inputs.n_tokens
+                seconds += time.perf_counter() - began
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        per_epoch = sum(self.lengths)
+        n_tokens = int(per_epoch * self.n_steps / max(1, len(plan)))
+        n_learned = sum(e.n_learned for e in self.examples["train"])
+        n_trained = sum(p.numel() for p in self.parameters.values())
+        n_valid = sum(len(e.input_ids) for e in self.examples["valid"])
+        n_evals = self.n_steps // self.eval_every + 1
+        # A validation pass has no backward pass, about a third of the work.
+        speed = tokens / seconds if seconds else 0.0
+        return {
+            "n_examples": len(self.lengths),
+            "n_tokens_per_epoch": per_epoch,
+            "n_learned_per_epoch": n_learned,
+            "n_steps": self.n_steps,
+            "n_tokens": n_tokens,
+            "tokens_per_s": round(speed, 1),
+            "seconds": round((n_tokens + n_valid * n_evals / 3) / speed, 1) if speed else None,
+            "n_trained_parameters": n_trained,
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
+            # Gradients and AdamW's two moments come on top of what the warm rows took, in float32.
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 12 * n_trained,
+            "row_fill": round(per_epoch / max(1, sum(self._row_size(r) for s in plan for r in s)), 3),
+        }
+
+    def _row_size(self, row: Row) -> int:
+        """Tokens a row occupies, padding counted; a packed row has none."""
+        sizes = [self.lengths[n] for n in row]
+        return sum(sizes) if self.config.packs else len(sizes) * max(sizes)
+
+    # The loop
+
+    def run_to_end(self, stop: threading.Event) -> None:
+        p = self.progress
+        while p.step < self.n_steps and not p.stopped:
+            plan = _plan(self.config, self.lengths, p.epoch)
+            while p.step_in_epoch < len(plan) and p.step < self.n_steps and not p.stopped:
+                self._step(plan[p.step_in_epoch])
+                p.step_in_epoch += 1
+                if p.step % self.eval_every == 0 or p.step == self.n_steps:
+                    self._validate()
+                    self.save_checkpoint()
+                if stop.is_set() and p.step < self.n_steps and not p.stopped:
+                    self.save_checkpoint()
+                    raise Interrupted(p.step)
+            if p.step_in_epoch >= len(plan):
+                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        p, config = self.progress, self.config
+        began = time.perf_counter()
+        self.model.train()
+        inputs = [self._inputs("train", row) for row in rows]
+        n_learned = sum(len(i.targets) for i in inputs)
+        # Every learned token weighs the same, whatever row it is in.
+        loss = sum(self._backward(i, 1.0 / n_learned) for i in inputs)
+        if not math.isfinite(loss):
+            raise LossNotFinite(p.step + 1)
+        if config.method == "adalora":
+            penalty = orthogonality(self.model)
+            if isinstance(penalty, torch.Tensor):
+                penalty.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
+        lr = config.learning_rate * self._scale(p.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        p.step += 1
+        if config.method == "adalora":
+            # Reads the gradients, so it stands between the step and their end. Nothing in transformers calls it.
+            self.model.base_model.update_and_allocate(p.step)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - began
+        n_tokens = sum(i.n_tokens for i in inputs)
+        p.seconds, p.n_tokens, p.n_learned = p.seconds + seconds, p.n_tokens + n_tokens, p.n_learned + n_learned
+        event = {
+            "step": p.step, "loss": round(loss, 6), "lr": lr, "grad_norm": round(float(norm), 4), "n_tokens": n_tokens,
+            "n_learned": n_learned, "tokens_per_s": round(n_tokens / seconds, 1),
+        }  # fmt: skip
+        if config.method == "adalora":
+            event["mean_rank"] = round(_mean_rank(self.model), 3)
+        self.run.event("step", **event)
+        eta = p.seconds / p.step * (self.n_steps - p.step)
+        self.report({"kind": "step", "n_steps": self.n_steps, "eta_s": round(eta, 1), **event})
+
+    def _inputs(self, split: str, row: Row) -> Any:
+        return row_inputs(self.examples[split], row, packed=self.config.packs, device=self.device, pad_id=self.pad_id)
+
+    def _backward(self, inputs: Any, weight: float) -> float:
+        """Accumulate the gradient of a row's summed loss times `weight`; return that product, the clean one."""
+        config = self.config
+
+        def loss_of() -> torch.Tensor:
+            return row_loss(self.model, inputs, config, self.n_virtual) * weight
+
+        if self.disturbance is None:
+            loss = loss_of()
+            loss.backward()
+            return float(loss.detach())
+        if config.adversarial == "fgm":
+            return float(self.disturbance.fgm(loss_of, inputs.segments, config.adversarial_eps))
+        return float(
+            self.disturbance.freelb(loss_of, inputs.segments, config.adversarial_eps, config.adversarial_steps)
+        )
+
+    def _scale(self, step: int) -> float:
+        """Return the learning rate's factor for the step after `step` others: up, then down by the schedule."""
+        n_warm = max(1, round(self.config.warmup * self.n_steps)) if self.config.warmup else 0
+        if step < n_warm:
+            return (step + 1) / n_warm
+        done = (step - n_warm) / max(1, self.n_steps - n_warm)
+        if self.config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if self.config.schedule == "linear" else 1.0
+
+    def _validate(self) -> None:
+        p, config = self.progress, self.config
+        loss, n = self.loss_on_validation()
+        event = {
+            "step": p.step,
+            "loss": round(loss, 6),
+            "perplexity": round(math.exp(min(loss, 50)), 4),
+            "n_learned": n,
+        }
+        p.evals.append({"step": p.step, "loss": loss})
+        self.run.event("valid", **event)
+        self.report({"kind": "valid", **event})
+        if loss < p.best_loss - config.min_delta or p.best_step == 0:
+            p.best_loss, p.best_step, p.n_bad = loss, p.step, 0
+            _save_tensors(self._state(), self.run.folder / "best.safetensors")
+        else:
+            p.n_bad += 1
+            if config.patience and p.n_bad >= config.patience:
+                p.stopped = f"no gain in {p.n_bad} validations"
+
+    def loss_on_validation(self) -> tuple[float, int]:
+        """Return (mean loss a learned token, their number); without a validation side the training loss stands in."""
+        if not self.valid_rows:
+            last = self.run.events("step")[-1]
+            return float(last["loss"]), int(last["n_learned"])
+        self.model.eval()
+        total, n = 0.0, 0
+        with torch.no_grad():
+            for row in self.valid_rows:
+                inputs = self._inputs("valid", row)
+                total += float(row_loss(self.model, inputs, self.config, self.n_virtual))
+                n += len(inputs.targets)
+        self.model.train()
+        return total / n, n
+
+    # State
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().contiguous() for name, p in self.parameters.items()}
+
+    def save_checkpoint(self) -> None:
+        """Write all that a resumed run needs to go on with the same bits."""
+        partial, final = self.run.new_checkpoint(self.progress.step)
+        if final.exists():
+            shutil.rmtree(partial)
+            return
+        _save_tensors(self._state(), partial / "weights.safetensors")
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        if self.config.method == "adalora":
+            allocator = self.model.base_model.rankallocator
+            state["allocator"] = {k: dict(getattr(allocator, k)) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+            state["rank_pattern"] = self.model.peft_config["default"].rank_pattern
+        torch.save(state, partial / "state.pt")
+        document = json.dumps(asdict(self.progress))
+        (partial / "progress.json").write_text(document, encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(final)
+        self.run.keep_checkpoints(self.config.keep_checkpoints)
+
+    def load_checkpoint(self) -> None:
+        """Go on from the newest checkpoint; from the beginning where there is none yet."""
+        found = self.run.checkpoints()
+        if not found:
+            return
+        folder = found[-1]
+        _load_tensors(self.parameters, folder / "weights.safetensors")
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.config.method == "adalora":
+            for name, values in state["allocator"].items():
+                getattr(self.model.base_model.rankallocator, name).update(values)
+            self.model.peft_config["default"].rank_pattern = state["rank_pattern"]
+        self.progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+
+    def load_best(self) -> None:
+        _load_tensors(self.parameters, self.run.folder / "best.safetensors")
+
+    def summary(self) -> dict[str, Any]:
+        p = self.progress
+        return {
+            "n_steps": p.step, "n_epochs": round(p.epoch + p.step_in_epoch / max(1, len(_plan(self.config, self.lengths, p.epoch))), 3),  # noqa: E501
+            "stopped": p.stopped or "all steps made", "best_step": p.best_step, "best_loss": p.best_loss,
+            "best_perplexity": math.exp(min(p.best_loss, 50)), "n_tokens": p.n_tokens, "n_learned": p.n_learned,
+            "seconds": round(p.seconds, 1), "tokens_per_s": round(p.n_tokens / p.seconds, 1) if p.seconds else None,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }  # fmt: skip
+
+
+def _mean_rank(model: Any) -> float:
+    """Return how many directions AdaLoRA uses a layer now."""
+    ranks = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+    return sum(ranks) / max(1, len(ranks))
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _load_tensors(parameters: dict[str, torch.nn.Parameter], path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    assert set(tensors) == set(parameters), f"{path} belongs to another model or method"
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[name])

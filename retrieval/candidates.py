@@ -1,0 +1,89 @@
+"""
+Which passages a query is compared with in full: the nearest, those that share most words, and what it names.
+
+Knows neither weights nor the clock: what may be found is handed in as a mask. The step whose time depends on the size
+of the store; everything after it sees a few hundred passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.glossary import Gloss
+from retrieval.index import Index, side_of
+from retrieval.terms import Slot
+from retrieval.vectors import HALF_UNITS
+from retrieval.words import squash
+
+N_DENSE = 160  # units of each language taken from the vector side
+N_LEXICAL = 64  # passages taken from the word side that the vector side did not bring
+
+_second_core = ThreadPoolExecutor(2, thread_name_prefix="nearest")  # its threads begin with the first large index
+
+
+@dataclass(frozen=True, slots=True)
+class Across:
+    """A query in the other language, for the passages that are in that one alone."""
+
+    gloss: Gloss
+    raw: NDArray[np.float32]  # its vector (dim,) as the embedder gave it
+    placed: NDArray[np.float32]  # the same as `index.place` returns it
+    only: NDArray[np.bool_]  # which passages (n_passages,) have no translation in the query's language
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The passages one query is compared with."""
+
+    owners: NDArray[np.int64]  # numbers of passages, ascending
+    coverage: NDArray[np.float64]  # weighted share of the query's words that each has, in [0, 1]
+    exact: set[int]  # FAQs and products one of whose wordings is the query
+
+
+def find_candidates(
+    index: Index,
+    query: str,
+    raw: NDArray[np.float32],
+    placed: NDArray[np.float32],
+    allowed: NDArray[np.bool_],
+    slots: Sequence[Slot] = (),
+    named: Collection[int] = (),
+    across: Across | None = None,
+) -> Candidates:
+    """
+    Return the candidates for `query` among the `allowed` passages (n_passages,).
+
+    `raw` (dim,) is the query's vector as the embedder gave it, `placed` the same as `index.place` returns it; `slots`
+    are the other ways to read it, `named` the passages whose article number or coupon code it has. `across` is the query
+    in the other language, where some allowed passages are in that one alone.
+    """
+    # The nearest of each language by itself: across languages cosines are lower, not worse.
+    ours = side_of(query)
+    theirs = "en" if ours == "zh" else "zh"
+    if len(index.units) <= HALF_UNITS:  # less than a millisecond; handing it to a thread would cost as much
+        near = [index.nearest(raw, placed, side, allowed, N_DENSE)[1] for side in (ours, theirs)]
+    else:  # milliseconds outside the interpreter's lock: both at once
+        other = _second_core.submit(index.nearest, raw, placed, theirs, allowed, N_DENSE)
+        near = [index.nearest(raw, placed, ours, allowed, N_DENSE)[1], other.result()[1]]
+    lexical = index.lexical.query(query, slots)
+    by_words = [lexical.best(allowed, N_LEXICAL)]
+    if across is not None:
+        near.append(index.nearest(across.raw, across.placed, theirs, allowed & across.only, N_DENSE)[1])
+        translated = index.lexical.query(across.gloss.apart, across.gloss.slots)
+        by_words.append(translated.best(allowed & across.only, N_LEXICAL))
+    exact = {n for n in index.by_squash.get(squash(query), ()) if index.passages[n].kind in ("faq", "product")}
+    brought = np.unique(index.owners[np.concatenate(near)])
+    owners = np.unique(np.concatenate([brought, *by_words, np.fromiter(exact.union(named), dtype=np.int64)])).astype(
+        np.int64
+    )
+    shares = lexical.of(owners) / max(lexical.most, 1e-9)
+    if across is not None:
+        in_other = translated.of(owners) / max(translated.most, 1e-9)
+        shares = np.where(across.only[owners], np.maximum(shares, in_other), shares)
+    kept = allowed[owners] & (np.isin(owners, brought) | (shares > 0))
+    return Candidates(owners[kept], np.minimum(shares[kept], 1.0).astype(np.float64), exact)
