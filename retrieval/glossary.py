@@ -155,7 +155,7 @@ def _gloss(lang: str, found: Sequence[tuple[str, tuple[str, ...]]]) -> Gloss | N
         if meant and first not in slots and len(slots) < MAX_SLOTS:
             read = tuple(tuple(dict.fromkeys(words(other))) for other in meant)
             slots[first] = Slot(first, tuple(dict.fromkeys(words(first))), tuple(meant), read, "gloss")
-    if not any(others and others[0] for _, others in found):
+    if not pieces or (not slots and pieces == [term for term, _ in found]):
         return None
     return Gloss(lang, tuple(pieces), tuple(slots.values()))
 

@@ -37,6 +37,8 @@ BEST_WORDING = 1.0
 ALL_WORDINGS = 0.5  # their mean
 LEXICAL = 1.0
 GLOSS = 0.5
+ACROSS = 1.0
+BONUS = 0.0
 SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the only answer there is
 APPROVED = 0.06  # of a FAQ and a policy that say the same, the FAQ: 0.59 -> 0.61 recall@1 of FAQs against 0.03
 # A passage that is nothing but its question has no body: the body's share goes to the wording, and so much of it to the
@@ -314,7 +316,7 @@ class HybridRetriever:
                 across.only[index.owners[numbers]] & (index.sides[numbers] == (across.gloss.lang == "zh"))
             )
             glossed = index.cosines(across.placed, numbers[theirs])
-            cosines[theirs] = (1 - GLOSS) * cosines[theirs] + GLOSS * glossed
+            cosines[theirs] = ACROSS * ((1 - GLOSS) * cosines[theirs] + GLOSS * glossed)
         body = cosines[starts + n_wordings]
         as_wordings = cosines.copy()
         as_wordings[starts + n_wordings] = np.where(n_wordings == 0, body, -1.0)
@@ -335,7 +337,7 @@ class HybridRetriever:
         # 3) What is known beside likeness; then one of each pair of translations.
         place = {owner: position for position, owner in enumerate(owners.tolist())}
         beside = {
-            "same_lang": SAME_LANG * (self._langs[owners] == lang),
+            "same_lang": SAME_LANG * ((self._langs[owners] == lang) | (bool(BONUS) & (across.only[owners] if across else False))),
             "approved": APPROVED * self._approved[owners],
             "exact": [EXACT * (owner in exact) for owner in place],
             "code": [CODE * (owner in named) for owner in place],
