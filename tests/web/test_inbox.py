@@ -189,7 +189,8 @@ def test_help_for_the_agent_suggestions_canned_replies_and_faq_drafts(open_url: 
     assert visitor.locator("zhanggui-chat .row.agent .bubble:not(.wait)").count() == 1  # nothing was sent
     box.fill("Yes, delivery is free from ¥99, and today it leaves before four.")
     box.press("Enter")
-    expect(bubbles(visitor, "agent")).to_have_count(2)
+    expect(bubbles(visitor, "agent").last).to_contain_text("before four")
+    expect(li.locator(".row.agent:not(.unsent)")).to_have_count(2)
 
     li.locator(".row.agent").last.get_by_role("button", name="Make an FAQ draft").click()
     expect(li.locator(".notice")).to_have_text("The draft waits for review")
