@@ -126,6 +126,10 @@ class LateRetriever:
     def version(self) -> str:
         return self._live.version if self._live is not None else ""
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        return self._live.thresholds if self._live is not None else {}
+
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]:

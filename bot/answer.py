@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,11 @@ class Retriever(Protocol):
     @property
     def version(self) -> str: ...
 
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """What the store was tuned to: "direct" and "answer" confidence; empty where it was not."""
+        ...
+
     def search(
         self,
         query: str,
@@ -62,13 +67,16 @@ class Retriever(Protocol):
     def get(self, passage_id: str) -> Passage | None: ...
 
 
+DIRECT, ANSWER = 0.5, 0.25  # confidences for a store that chose no risk (docs/experiments.md)
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """When to quote, when to generate, when to give up; see `bot.settings.Settings` for what each is."""
 
     direct: bool = True
-    direct_confidence: float = 0.5
-    answer_confidence: float = 0.25
+    direct_confidence: float | None = None  # None: the store's own for the risk it chose, else DIRECT
+    answer_confidence: float | None = None
     near_confidence: float = 0.08  # under a "no": from here on the nearest passages are shown, said to be just that
     near: float = 0.3  # of the best hit's confidence: what else is shown beside it
     ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
@@ -126,6 +134,18 @@ class Answerer:
     def close(self) -> None:
         """Let go of the search thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _direct_confidence(self) -> float:
+        """From this confidence on a passage goes out as it is."""
+        chosen = self.rules.direct_confidence
+        return self.retriever.thresholds.get("direct", DIRECT) if chosen is None else chosen
+
+    @property
+    def _answer_confidence(self) -> float:
+        """Below this confidence the store has no answer."""
+        chosen = self.rules.answer_confidence
+        return self.retriever.thresholds.get("answer", ANSWER) if chosen is None else chosen
 
     def release(self) -> Release:
         """Return what answers right now."""
@@ -259,7 +279,7 @@ class Answerer:
 
         # What other shops sell, charge or repair is nothing this store's passages can answer, however alike they sound.
         elsewhere = promotions.about_other_shops(query.text)
-        if hits and top >= rules.direct_confidence and not elsewhere and self._quotable(hits[0], language):
+        if hits and top >= self._direct_confidence and not elsewhere and self._quotable(hits[0], language):
             best = self._in_language(hits[0].passage, language)
             text = self._quote(hits[0], language, now)
             rests_on: tuple[Hit, ...] = (hits[0],)
@@ -272,7 +292,7 @@ class Answerer:
         # Asked about offers in words no promotion uses ("im at uni, do I pay less?"): all that is on is the answer.
         if about and self._current_promotions(language, now):
             return self._list_promotions(query, language, now)
-        if top < rules.answer_confidence or elsewhere:
+        if top < self._answer_confidence or elsewhere:
             near = self._near(hits) if top >= rules.near_confidence and not elsewhere else ()
             return Part("none", query, hits=near)
         if self.engine is None or not self.engine.state().ready:
@@ -332,13 +352,13 @@ class Answerer:
         if query.elliptical or not history or len(query.text) > 60:
             return query
         alone = self.retriever.search(query.text, 1, now=now, lang=language)
-        if alone and alone[0].confidence >= self.rules.answer_confidence:
+        if alone and alone[0].confidence >= self._answer_confidence:
             return query
         last = history[-1]
         joined = replace(query, standalone=f"{last.question.rstrip('?？ ')} {query.text}")
         found = self.retriever.search(joined.standalone, 3, now=now, lang=language)
         fresh = [hit for hit in found if self._in_language(hit.passage, language).id not in last.passages]
-        good = fresh and fresh[0].confidence >= 1.2 * self.rules.answer_confidence
+        good = fresh and fresh[0].confidence >= 1.2 * self._answer_confidence
         return replace(joined, skip=last.passages) if good else query
 
     def _current_promotions(self, language: Language, now: datetime) -> list[Passage]:

@@ -46,11 +46,18 @@ class Settings(BaseSettings):
     openai_api_key: str | None = Field(None, description="Key of the remote engine.")
 
     direct: bool = Field(True, description="Send approved answers word for word where the retriever is sure.")
-    direct_confidence: float = Field(
-        0.5, ge=0, le=1, description="Least confidence of a hit for its text to go out as it is."
+    direct_confidence: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Least confidence of a hit for its text to go out as it is; by default what the store was tuned to "
+        "for a risk (`python -m retrieval tune --risk`), else 0.5.",
     )
-    answer_confidence: float = Field(
-        0.25, ge=0, le=1, description="Below this the store has no answer, and the reply says so."
+    answer_confidence: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Below this the store has no answer, and the reply says so; by default as above, else 0.25.",
     )
     n_passages: int = Field(4, ge=1, le=10, description="Passages in the prompt.")
     max_reply_tokens: int = Field(200, ge=16, le=2048, description="Longest generated reply, in tokens.")

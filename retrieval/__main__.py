@@ -199,7 +199,7 @@ def _print_curve(report: dict[str, Any]) -> None:
     for point in report["risk_curve"]:
         print(f"{point['risk']:>30.1%}   {point['confidence']:>15.3f}   {point['coverage']:>16.1%}")
     thresholds = report["thresholds"]
-    if "direct" not in thresholds:
+    if report["risk"] is not None and "direct" not in thresholds:
         print(f"no confidence keeps to {report['risk']:.1%}: the shipped threshold for direct answers stays")
     for name, value in thresholds.items():
         print(f"threshold {name:7} {value:.3f}")
@@ -423,7 +423,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--tuned", type=Path, metavar="DIR", help="where versions are kept (default: STORE/tuned)")
         command.add_argument(
-            "--risk", type=_probability, default=0.01, metavar="P", help="wrong direct answers, at most (default 0.01)"
+            "--risk", type=_probability, metavar="P", help="set the bot's thresholds: direct answers wrong, at most"
         )
     fit.set_defaults(run=_calibrate)
 

@@ -21,7 +21,7 @@ _PART_NAMES = {
     "best_wording": "meaning of the wording that matched",
     "all_wordings": "meaning of all its wordings, mean",
     "words": "share of the question's words",
-    "same_lang": "in the visitor's language",
+    "same_lang": "in the visitor's language, or in no other",
     "approved": "an approved answer",
     "exact": "the question is one of its wordings",
     "code": "named by its code",
@@ -60,6 +60,7 @@ class Explanation:
     query: str
     lang: str
     read_as: tuple[Slot, ...]
+    gloss: str  # the query in the other language, term by term; "" where that was not asked
     unknown: tuple[str, ...]  # index words that no passage has
     hits: tuple[HitReasons, ...]
     left_out: tuple[LeftOut, ...]
@@ -99,6 +100,7 @@ def dump_explanation(found: Explanation, thresholds: Thresholds) -> dict[str, An
         "thresholds": {"direct": thresholds.direct, "answer": thresholds.answer, "near": thresholds.near},
         "verdict": thresholds.verdict(top),
         "read_as": [{"written": s.shown, "meant": list(s.meant), "why": s.why} for s in found.read_as],
+        "gloss": found.gloss or None,
         "unknown_words": list(found.unknown),
         "left_out": [
             {
@@ -137,8 +139,16 @@ def explanation_text(found: Explanation, thresholds: Thresholds) -> str:
     """Return the page: the question as read, the cut-off, every hit with its parts, and what was left out."""
     lines = [f"Question ({found.lang or 'language unknown'}): {found.query}"]
     for slot in found.read_as:
-        names = {"term": "the store's term", "synonym": "synonym", "typo": "typing error?", "code": "code"}
+        names = {
+            "term": "the store's term",
+            "synonym": "synonym",
+            "typo": "typing error?",
+            "code": "code",
+            "gloss": "gloss",
+        }
         lines.append(f"  {slot.shown} also read as {' | '.join(slot.meant)} ({names[slot.why]})")
+    if found.gloss:
+        lines.append(f"  for what only the other language has: {found.gloss}")
     if found.unknown:
         lines.append(f"  in no entry: {', '.join(found.unknown)}")
     lines.append(

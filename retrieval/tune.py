@@ -14,7 +14,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -79,11 +79,13 @@ def tune(
     embedder: Embedder,
     cache: VectorCache,
     *,
-    risk: float = 0.01,
+    risk: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tuning | None, dict[str, Any]]:
     """
     Return the tuning, None where it did not win, and the report. Blocks: mostly for embedding the questions.
+
+    With a `risk`, the share of direct answers that may be wrong, the tuning carries the bot's thresholds for it.
 
     Raises:
         BadStore: too few questions, or none that this knowledge answers.
@@ -143,7 +145,7 @@ def calibrate_store(
     cache: VectorCache,
     before: Tuning | None,
     *,
-    risk: float = 0.01,
+    risk: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tuning, dict[str, Any]]:
     """
@@ -240,7 +242,7 @@ class _Bench:
         return max(found, key=lambda weight: (found[weight], -weight))
 
     def confidence(
-        self, examples: Sequence[Example], weight: float, learned: Learned | None, risk: float
+        self, examples: Sequence[Example], weight: float, learned: Learned | None, risk: float | None
     ) -> tuple[Calibration, list[dict[str, float]], dict[str, float]]:
         """Return the fitted confidence, its risk curve, and the thresholds for `risk`."""
         lessons = dict(zip(learned.examples, learned.held_out(), strict=True)) if learned else {}
@@ -280,7 +282,7 @@ class _Bench:
             )
             for key, ranked in asked
         ]
-        return fitted, risk_curve(outcomes, RISKS), _thresholds(outcomes, risk)
+        return fitted, risk_curve(outcomes, RISKS), {} if risk is None else _thresholds(outcomes, risk)
 
 
 def _thresholds(outcomes: Sequence[Outcome], risk: float) -> dict[str, float]:
@@ -316,7 +318,3 @@ def _short(found: dict[str, float | None]) -> dict[str, float | None]:
 
 def _rounded(weights: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in weights.items()}
-
-
-def now() -> datetime:
-    return datetime.now(UTC)

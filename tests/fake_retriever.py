@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 
 from retrieval.errors import RetrievalError
 from retrieval.passages import Hit, Passage, is_valid
@@ -13,6 +14,7 @@ class FakeRetriever:
     """Returns, for a query that contains a key of `answers`, the passages named there with their confidences."""
 
     version = "k1"
+    thresholds: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self, passages: Sequence[Passage], answers: Mapping[str, Sequence[tuple[str, float]]], *, broken: bool = False

@@ -131,6 +131,17 @@ async def test_a_middling_match_is_generated_from_its_passages() -> None:
     assert reply.n_tokens > 0
 
 
+async def test_a_store_that_chose_a_risk_is_answered_by_its_thresholds_unless_the_settings_say_otherwise() -> None:
+    tuned = FakeRetriever(PASSAGES, ANSWERS)
+    tuned.thresholds = {"direct": 0.95, "answer": 0.92}
+    reply, _ = await ask(answerer("never used", retriever=tuned), "what of my bulky chair")  # 0.9: under both
+    assert reply.outcome == "no_answer"
+    assert (await ask(answerer(retriever=tuned), "How much is shipping?"))[0].outcome == "direct"
+    set_by_hand = Rules(direct_confidence=0.5, answer_confidence=0.2)
+    reply, _ = await ask(answerer(retriever=tuned, rules=set_by_hand), "what of my bulky chair")
+    assert reply.outcome == "direct"
+
+
 async def test_an_invented_price_is_never_shown_and_the_passage_stands_in_for_it() -> None:
     reply, steps = await ask(answerer("It costs ¥5 for everyone, promise."), "maybe tell me what posting costs")
     shown = "".join(s.text for s in steps if isinstance(s, Delta))

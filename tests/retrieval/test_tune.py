@@ -72,6 +72,7 @@ def test_a_store_that_tunes_finds_what_its_visitors_mean_and_can_go_back(
     common = ("--knowledge", knowledge, "--tuned", tuned, "--cache", tmp_path / "cache")
     report = run(capsys, "tune", *common, "--questions", learned)
     assert report["kept"]
+    assert report["thresholds"] == {}
     assert report["better"] > report["worse"]
     assert report["tuned"]["recall@1"] > report["untuned"]["recall@1"]
     after = run(capsys, "eval", *common, "--questions", asked)
