@@ -59,8 +59,8 @@ def find_candidates(
     Return the candidates for `query` among the `allowed` passages (n_passages,).
 
     `raw` (dim,) is the query's vector as the embedder gave it, `placed` the same as `index.place` returns it; `slots`
-    are the other ways to read it, `named` the passages whose article number or coupon code it has. `across` is the query
-    in the other language, where some allowed passages are in that one alone.
+    are the other ways to read it, `named` the passages whose article number or coupon code it has. `across` is the
+    query in the other language, where some allowed passages are in that one alone.
     """
     # The nearest of each language by itself: across languages cosines are lower, not worse.
     ours = side_of(query)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from retrieval.terms import MAX_OTHERS, Slot
@@ -87,9 +88,10 @@ class Glossary:
     def gloss(self, query: str) -> Gloss | None:
         """Return `query` in the other language of the two; None where no term of it is known."""
         folded = fold(query)
-        return self._in_english(folded) if detect_lang(folded) == "zh" else self._in_chinese(folded)
+        found = self._in_english(folded) if detect_lang(folded) == "zh" else self._in_chinese(folded)
+        return found if found.pieces and found.apart != " ".join(_PIECE.findall(folded)) else None
 
-    def _in_english(self, folded: str) -> Gloss | None:
+    def _in_english(self, folded: str) -> Gloss:
         folded = _FOLD_OFF.sub(lambda match: f" {100 - float(match[1]) * 10:g}% off ", folded)
         folded = _CUT_ZH.sub(r" spend \1 save \2 ", folded)
         found: list[tuple[str, tuple[str, ...]]] = []
@@ -119,7 +121,7 @@ class Glossary:
             end = start
         return [term for term in reversed(found) if term in self._to_en]
 
-    def _in_chinese(self, folded: str) -> Gloss | None:
+    def _in_chinese(self, folded: str) -> Gloss:
         folded = _PERCENT_OFF.sub(lambda match: f" {(100 - int(match[1])) / 10:g}折 ", folded)
         folded = _CUT_EN.sub(r" 满\2减\1 ", folded)
         tokens = _PIECE.findall(folded)
@@ -142,7 +144,7 @@ class Glossary:
         return written if written in self._to_zh else self._stems.get(_stems(tokens))
 
 
-def _gloss(lang: str, found: Sequence[tuple[str, tuple[str, ...]]]) -> Gloss | None:
+def _gloss(lang: str, found: Sequence[tuple[str, tuple[str, ...]]]) -> Gloss:
     """Return the gloss of terms with what they are in the other language; what has nothing there stays as it is."""
     pieces: list[str] = []
     slots: dict[str, Slot] = {}
@@ -151,13 +153,15 @@ def _gloss(lang: str, found: Sequence[tuple[str, tuple[str, ...]]]) -> Gloss | N
         if not first:
             continue
         pieces.append(first)
-        meant = [other for other in others[1:] if other][:MAX_OTHERS]
-        if meant and first not in slots and len(slots) < MAX_SLOTS:
-            read = tuple(tuple(dict.fromkeys(words(other))) for other in meant)
-            slots[first] = Slot(first, tuple(dict.fromkeys(words(first))), tuple(meant), read, "gloss")
-    if not pieces or (not slots and pieces == [term for term, _ in found]):
-        return None
+        if len(others) > 1 and first not in slots and len(slots) < MAX_SLOTS:
+            slots[first] = _slot(first, tuple(other for other in others[1:] if other)[:MAX_OTHERS])
     return Gloss(lang, tuple(pieces), tuple(slots.values()))
+
+
+@lru_cache(maxsize=4_096)
+def _slot(first: str, meant: tuple[str, ...]) -> Slot:
+    read = tuple(tuple(dict.fromkeys(words(other))) for other in meant)
+    return Slot(first, tuple(dict.fromkeys(words(first))), meant, read, "gloss")
 
 
 def _joined(before: Iterable[str], after: Iterable[str]) -> tuple[str, ...]:

@@ -38,14 +38,15 @@ BEST_WORDING = 1.0
 ALL_WORDINGS = 0.5  # their mean
 LEXICAL = 1.0
 # A passage that only the other language has: its cosine is the mean of the question's and of its gloss's (glossary.py),
-# times what makes cosines across languages as high as within one. recall@1 of the demo store in the other language only:
-# 0.59 -> 0.74 for Chinese questions, 0.49 -> 0.75 for English ones; half in each: 0.63 -> 0.74, 0.57 -> 0.78.
+# times what makes cosines across languages as high as within one. recall@1 where all is in the other language: 0.59 ->
+# 0.73 for Chinese questions, 0.49 -> 0.75 for English ones; where half is: 0.43 -> 0.74 and 0.53 -> 0.78.
 GLOSS = 0.5
 ACROSS = 1.2
 SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the only answer there is
 APPROVED = 0.06  # of a FAQ and a policy that say the same, the FAQ: 0.59 -> 0.61 recall@1 of FAQs against 0.03
-# A passage that is nothing but its question has no body: the body's share goes to the wording, and so much of it to the
-# words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650).
+# A Chinese passage that is nothing but one question has no body: its share goes to the wording, and so much of that to
+# the words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650). English ones lose by it (banking77 0.575 ->
+# 0.553), since the English model reads a body as well as a question; several wordings together are worth a body.
 BARE_WORDS = 0.25
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
@@ -114,9 +115,7 @@ class HybridRetriever:
         self._twins = [twin_key(passage) for passage in index.passages]
         self._glossary = GLOSSARY.with_own(self.reader.terms.own)
         self._untranslated = {lang: self._lacking(lang) for lang in LANGS}
-        self._bare = np.array(
-            [p.text == p.title or p.text in ("", *p.questions) for p in index.passages], dtype=np.bool_
-        )
+        self._bare = np.array([_is_bare(passage) for passage in index.passages], dtype=np.bool_)
         self.learned = learned
         self.learned_weight = learned_weight
         known = {key: n for n, key in enumerate(learned.keys)} if learned else {}
@@ -420,15 +419,15 @@ class HybridRetriever:
 
     def _lacking(self, lang: str) -> NDArray[np.bool_]:
         """Return which passages (n_passages,) are in another language than `lang` and have no translation in it."""
-        elsewhere = np.flatnonzero((self._langs != lang) & (self._langs != "")).tolist()
-        lacking = np.zeros(len(self._langs), dtype=np.bool_)
-        if elsewhere:
-            said = {self._topic(number) for number in np.flatnonzero(self._langs == lang).tolist()}
-            lacking[[number for number in elsewhere if self._topic(number) not in said]] = True
+        lacking: NDArray[np.bool_] = (self._langs != lang) & (self._langs != "")
+        said = {self._topic(number) for number in np.flatnonzero(self._langs == lang).tolist()} if lacking.any() else ()
+        if said:
+            elsewhere = np.flatnonzero(lacking).tolist()
+            lacking[[number for number in elsewhere if self._topic(number) in said]] = False
         return lacking
 
     def _topic(self, number: int) -> str:
-        """Return what a passage shares with its translation; of a document, whose sections have other names, all of it."""
+        """Return what a passage and its translation share; of a document, whose sections differ, its name."""
         passage = self.index.passages[number]
         return f"{passage.kind}:{passage.meta['policy']}" if "policy" in passage.meta else self._twins[number]
 
@@ -480,6 +479,12 @@ class HybridRetriever:
 
 def _seconds(moment: datetime | None, otherwise: float) -> float:
     return otherwise if moment is None else moment.timestamp()
+
+
+def _is_bare(passage: Passage) -> bool:
+    if len(passage.questions) > 1 or passage.text not in ("", passage.title, *passage.questions):
+        return False
+    return side_of(passage.text or passage.title or "".join(passage.questions)) == "zh"
 
 
 def _two_best(scores: dict[int, float]) -> tuple[int, int]:

@@ -234,7 +234,6 @@ class LiveRetriever:
             index = self._choose(passages)
         if index is None:
             raise BadStore(faults)  # at the start only: later there is at least what is live
-        self._report(faults)
         terms, tuning = self._terms(), self._tuning()
         known = self._live is not None and index is self._live.index
         if not known or terms != self._serving.reader.terms or tuning != self._tuned:
@@ -244,6 +243,7 @@ class LiveRetriever:
             self._tuned = tuning
             self._loaded_at = _now()
             log.info("knowledge %s is live: %d passages", self.version, len(index.passages))
+        self._report(faults)  # last: who sees the faults gone finds the repaired knowledge
         return not faults
 
     def _watch(self) -> None:

@@ -75,7 +75,8 @@ def test_any_langchain_store_finds_what_faiss_finds_and_gets_only_what_changed(
     live = open_live(store, tmp_path / "cache", hashing, VectorServer(there, "memory"))
     n_units = len(live._serving.index.units)
     assert found(live) == found(plain)
-    assert there.n_asked == 2 * len(QUESTIONS)  # each language by itself
+    # Each language by itself, and twice more for what only the other language has (glossary.py).
+    assert 2 * len(QUESTIONS) <= there.n_asked <= 3 * len(QUESTIONS)
     assert n_units - 5 < there.n_sent <= n_units  # equal texts are one
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") for name in there.stores)
 
