@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class LateRetriever:
         return self._live.version if self._live is not None else ""
 
     @property
-    def thresholds(self) -> dict[str, float]:
+    def thresholds(self) -> Mapping[str, float]:
         return self._live.thresholds if self._live is not None else {}
 
     def search(

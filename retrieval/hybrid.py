@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -116,6 +116,7 @@ class HybridRetriever:
         self._glossary = GLOSSARY.with_own(self.reader.terms.own)
         self._untranslated = {lang: self._lacking(lang) for lang in LANGS}
         self._bare = np.array([_is_bare(passage) for passage in index.passages], dtype=np.bool_)
+        self.thresholds: Mapping[str, float] = {}  # of the store's tuning, see tuning.py; the bot's
         self.learned = learned
         self.learned_weight = learned_weight
         known = {key: n for n, key in enumerate(learned.keys)} if learned else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
@@ -137,9 +137,9 @@ class LiveRetriever:
         return self._serving.version + (f"+{self._tuned.version}" if self._tuned else "")
 
     @property
-    def thresholds(self) -> dict[str, float]:
+    def thresholds(self) -> Mapping[str, float]:
         """The confidences for the risk the store chose, "direct" and "answer"; empty where it chose none."""
-        return dict(self._tuned.thresholds) if self._tuned else {}
+        return self._serving.thresholds
 
     @property
     def _serving(self) -> HybridRetriever:

@@ -105,9 +105,11 @@ def tuned_retriever(
     if tuning is None:
         return HybridRetriever(index, embedder, shipped, terms)
     learned = tuning.fit(index, embedder, cache)
-    return HybridRetriever(
+    retriever = HybridRetriever(
         index, embedder, tuning.calibration(shipped), terms, learned=learned, learned_weight=tuning.weight
     )
+    retriever.thresholds = tuning.thresholds
+    return retriever
 
 
 class Tunings:

@@ -118,7 +118,14 @@ def test_calibrate_fits_the_confidence_on_a_store_and_names_thresholds_for_a_ris
     store.mkdir()
     lines = ["id,question,answer,lang,questions"]
     things = ("cup", "lamp", "chair", "towel", "kettle", "pillow", "mirror", "basket", "curtain", "blanket")
-    ways = ("where is my {}", "my {} has not come", "track the {}", "{} delivery when", "when comes the {}", "{} eta")
+    ways: tuple[str, ...] = (
+        "where is my {}",
+        "my {} has not come",
+        "track the {}",
+        "{} delivery when",
+        "when comes the {}",
+        "{} eta",
+    )
     ways += ("is the {} on its way", "still waiting for a {}", "{} not delivered", "{} parcel status", "late {}")
     for thing in things:
         wordings = "|".join(way.format(thing) for way in (*ways, f"locate {thing}"))
