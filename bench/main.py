@@ -28,6 +28,7 @@ def main() -> int:
         ["engines.py", "--model", str(model), "--prompts", str(prompts), "--out", str(short)],
         ["chat.py"],
         ["index.py"],
+        ["retrieval.py", "--cache", str(default_cache_dir() / "bench")],
     ]
     for command in commands:
         print(f"== {command[0]}", flush=True)

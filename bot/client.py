@@ -241,6 +241,8 @@ class Client:
             name = name or file.name
             file = await asyncio.to_thread(file.read_bytes)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/octet-stream"}
+        if self._identity:
+            headers["X-Zhanggui-Identity"] = self._identity
         try:
             async with httpx.AsyncClient(trust_env=not self._is_local, timeout=60.0) as http:
                 response = await http.post(f"{url}?name={quote(name)}", content=file, headers=headers)

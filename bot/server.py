@@ -186,7 +186,7 @@ def create_app(parts: Parts) -> FastAPI:
         app.routes.extend(
             attachment_routes(
                 parts.attachments,
-                authenticate=parts.storage.authenticate,
+                authenticate=server.authenticate_files,
                 is_agent=server.is_agent,
                 allows=server.allows,
                 admit=server.admit_upload,
@@ -383,6 +383,24 @@ class _Server:
         address = _address(request.scope)
         if self.limited(address):
             self.address_asks.hit(address)
+
+    async def authenticate_files(self, conversation: str, token: str, identity: str | None) -> None:
+        """
+        Return if whoever has `token` may have the files of `conversation`: a customer's are that customer's alone.
+
+        Raises:
+            UnknownConversation: the token, or the identity that a customer's conversation needs, is not the right one.
+        """
+        await self.parts.storage.authenticate(conversation, token)
+        owner = (await self.parts.storage.get(conversation)).customer
+        if owner is None:
+            return
+        try:
+            customer = self.parts.identities.verify(identity) if identity else None
+        except BadIdentity:
+            customer = None
+        if customer is None or customer.id != owner.id:
+            raise UnknownConversation
 
     def admit_upload(self, request: Request) -> None:
         """Count one file; raises RateLimited, or Restarting."""

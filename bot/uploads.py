@@ -32,10 +32,13 @@ STATUS = {
 }
 
 
+IDENTITY_HEADER = "X-Zhanggui-Identity"  # what `hello` has as `identity`; needed where the conversation is a customer's
+
+
 def attachment_routes(
     store: AttachmentStore,
     *,
-    authenticate: Callable[[str, str], Awaitable[None]],
+    authenticate: Callable[[str, str, str | None], Awaitable[None]],
     is_agent: Callable[[Request], Awaitable[bool]],
     allows: Callable[[Request], bool],
     admit: Callable[[Request], None],
@@ -44,7 +47,7 @@ def attachment_routes(
     Return the routes.
 
     Args:
-        authenticate: raises UnknownConversation unless (conversation, token) belong together.
+        authenticate: raises UnknownConversation unless (conversation, token, signed identity) belong together.
         is_agent: whether a signed-in agent made the request; called where it has no token.
         allows: whether a page of the request's origin may ask.
         admit: raises where its address sends too many files, or the server takes none.
@@ -54,7 +57,7 @@ def attachment_routes(
         conversation = str(request.path_params["conversation"])
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token:
-            await authenticate(conversation, token.strip())
+            await authenticate(conversation, token.strip(), request.headers.get(IDENTITY_HEADER))
         elif not await is_agent(request):
             raise UnknownConversation
         return conversation
@@ -94,7 +97,7 @@ def attachment_routes(
             if request.method == "OPTIONS":
                 response = Response(status_code=204)
                 response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-                response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+                response.headers["Access-Control-Allow-Headers"] = f"Authorization, Content-Type, {IDENTITY_HEADER}"
                 response.headers["Access-Control-Max-Age"] = "600"
             else:
                 try:

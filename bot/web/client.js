@@ -393,9 +393,8 @@ export class ChatClient extends EventTarget {
   async attach(file, { onprogress, signal } = {}) {
     this.connect();
     await this.#untilReady(signal);
-    const { token } = this.#saved;
     const address = `${this.#attachments}?name=${encodeURIComponent(file.name ?? "file")}`;
-    const { status, text } = await upload(address, token, file, onprogress, signal);
+    const { status, text } = await upload(address, this.#headers, file, onprogress, signal);
     let said = {};
     try {
       said = JSON.parse(text);
@@ -412,8 +411,8 @@ export class ChatClient extends EventTarget {
 
   async attachmentBlob(id) {
     await this.#untilReady();
-    const headers = { Authorization: `Bearer ${this.#saved.token}` };
-    const response = await fetch(`${this.#attachments}/${encodeURIComponent(id)}`, { headers, credentials: "omit" });
+    const address = `${this.#attachments}/${encodeURIComponent(id)}`;
+    const response = await fetch(address, { headers: this.#headers, credentials: "omit" });
     if (!response.ok) throw new Error(`attachment ${id}: status ${response.status}`);
     return response.blob();
   }
@@ -529,6 +528,11 @@ export class ChatClient extends EventTarget {
     else this.#outbox.push(frame);
   }
 
+  get #headers() {
+    const identity = this.#identity;
+    return { Authorization: `Bearer ${this.#saved.token}`, ...(identity ? { "X-Zhanggui-Identity": identity } : {}) };
+  }
+
   get #attachments() {
     const base = new URL(".", this.#url).href.replace(/^ws/, "http");
     return `${base}v1/conversations/${encodeURIComponent(this.#saved.conversation)}/attachments`;
@@ -591,8 +595,8 @@ function unsentOf(transcript) {
 }
 
 /** POST `file`, resolve with {status, text}. fetch cannot tell how much was sent. */
-function upload(address, token, file, onprogress, signal) {
-  const headers = { Authorization: `Bearer ${token}`, "Content-Type": "application/octet-stream" };
+function upload(address, who, file, onprogress, signal) {
+  const headers = { ...who, "Content-Type": "application/octet-stream" };
   if (!globalThis.XMLHttpRequest) {
     const options = { method: "POST", headers, body: file, credentials: "omit", signal };
     return fetch(address, options).then(async (response) => ({ status: response.status, text: await response.text() }));

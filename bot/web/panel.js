@@ -349,7 +349,7 @@ class ChatPanel {
   }
 
   #key(event) {
-    // 229: Safari ends the composition before the Enter that ended it arrives.
+    // 229: Safari's Enter after a composition.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || this.#composing || event.keyCode === 229) return;
     event.preventDefault();
     if (this.#el.input.value.trim()) this.#press();
@@ -575,7 +575,7 @@ class ChatPanel {
       view.node.remove();
       this.#views.delete(key);
     }
-    // Moves only what is out of place: moving a node would drop its focus and restart its animation.
+    // A node that is moved loses its focus and its animation.
     let at = this.#el.rows.firstChild;
     for (const node of nodes) {
       if (node === at) at = at.nextSibling;

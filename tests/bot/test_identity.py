@@ -225,3 +225,27 @@ async def test_with_a_key_whoever_has_it_is_let_in(database: Path) -> None:
 )  # fmt: skip
 def test_the_key_is_asked_for_where_it_should_be(path: str, protected: bool) -> None:
     assert is_protected(path) is protected
+
+
+async def test_the_files_of_a_customer_are_theirs_and_not_whoevers_has_the_token(database: Path) -> None:
+    picture = (Path(__file__).parents[2] / "docs" / "images" / "inbox-phone.png").read_bytes()
+    async with (
+        running_server(database, identity_secret=SECRET) as server,
+        Wire(server.ws_url) as tab,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        welcome = await tab.hello(identity=signed("cust-1"))
+        url = f"{server.http_url}/v1/conversations/{welcome['conversation']}/attachments"
+        token = {"Authorization": f"Bearer {welcome['token']}"}
+        theirs = token | {"X-Zhanggui-Identity": signed("cust-1")}
+        sent = await http.post(url, content=picture, headers=theirs)
+        assert sent.status_code == 201
+        for headers in (
+            token,
+            token | {"X-Zhanggui-Identity": signed("cust-2")},
+            token | {"X-Zhanggui-Identity": signed("cust-1", secret=OTHER)},
+            {"X-Zhanggui-Identity": signed("cust-1")},
+        ):
+            assert (await http.post(url, content=picture, headers=headers)).status_code == 401
+            assert (await http.get(f"{url}/{sent.json()['id']}", headers=headers)).status_code == 401
+        assert (await http.get(f"{url}/{sent.json()['id']}", headers=theirs)).status_code == 200
