@@ -13,7 +13,7 @@ Two processes a size, so that the memory of each is its own. `build` makes the v
 them (what LangChain's FAISS vector store builds where it is told nothing), finds the true nearest, builds what
 retrieval/vectors.py builds, and measures recall@10 within each language against the true nearest. `serve` loads the
 files as a server does and times whole searches (vectors, words, features, hits), the query's vector given. Writes
-bench/results/index.json and docs/images/index-growth.svg.
+bench/results/index.json and index-growth.svg beside it.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def main() -> int:
         ordered = [rows[n] for n in sorted(rows)]
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps({"rows": ordered}, indent=1) + "\n", encoding="utf-8")
-        (ROOT / "docs" / "images" / "index-growth.svg").write_text(plot(ordered), encoding="utf-8")
+        (ROOT / "bench" / "results" / "index-growth.svg").write_text(plot(ordered), encoding="utf-8")
     return 0
 
 
