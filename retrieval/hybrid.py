@@ -120,9 +120,8 @@ class HybridRetriever:
         self.learned = learned
         self.learned_weight = learned_weight
         known = {key: n for n, key in enumerate(learned.keys)} if learned else {}
-        self._lesson = np.array(
-            [known.get(key, -1) for key in self._twins], dtype=np.int64
-        )  # of each passage; -1: none
+        # Of each passage its place among the keys, -1 for none.
+        self._lesson = np.array([known.get(key, -1) for key in self._twins], dtype=np.int64)
         self._taught: dict[int, list[int]] = {}  # and its passages
         if learned:
             for owner in np.flatnonzero(self._lesson >= 0).tolist():

@@ -32,6 +32,7 @@ from retrieval.vectors import EXACT_FILE, EXACT_UNITS, LIST_FILES, LocalVectors
 from retrieval.words import codes, detect_lang, squash
 
 FORMAT = 6
+NAMES_SAMPLE = 10_000  # passages whose wordings are read for names
 MAX_MANIFEST_BYTES = 1 << 20
 PASSAGES_FILE = "passages.jsonl"
 BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only averaged in
@@ -79,18 +80,19 @@ class Index:
         means: Mapping[str, NDArray[np.float32]],
         embedder_version: str,
         version: str,
+        names: Sequence[str] = (),
     ) -> None:
         """
         Put the index together from the centred `vectors` of `found`, the `units(passages)`, in that order.
 
-        `means`, by language, is what is taken from a query's vector, (dim,) each.
+        `means`, by language, is what is taken from a query's vector, (dim,) each; `names` are the `names_of(passages)`.
         """
         self.means = dict(means)
         self.passages = tuple(passages)
         self.version = version
         self.embedder_version = embedder_version
         self.units = found
-        self.names = common_names(titles_of(self.passages))  # a query's vector is the mean of with and without
+        self.names = tuple(names)  # a query's vector is the mean of with and without
         if len(vectors) != len(self.units):
             raise IndexDamaged(f"{len(vectors)} vectors for {len(self.units)} wordings and texts")
         self.vectors = vectors
@@ -234,7 +236,8 @@ def build_index(
     vectors[wordings] = cache.embed(embedder, [found[n].text for n in wordings], as_query=True, progress=after(0))
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
-    _halve_names(found, vectors, common_names(titles_of(passages)), embedder, cache)
+    names = names_of(passages)
+    _halve_names(found, vectors, names, embedder, cache)
     calibration = calibration or load_calibration()
     zh = sides_of(found)
     is_body = np.array([unit.is_body for unit in found], dtype=bool)
@@ -248,12 +251,18 @@ def build_index(
             vectors[chosen] = center(vectors[chosen], mean)
             means[lang] = mean  # of the wordings in the end: a query is one
     local = LocalVectors.build(vectors, zh)
-    return Index(passages, found, local, means, embedder.version, content_hash(passages))
+    return Index(passages, found, local, means, embedder.version, content_hash(passages), names)
 
 
-def titles_of(passages: Sequence[Passage]) -> list[str]:
-    """Return the first wording of each passage, its title where it has none."""
-    return [passage.questions[0] if passage.questions else passage.title for passage in passages]
+def names_of(passages: Sequence[Passage]) -> tuple[str, ...]:
+    """
+    Return the names that so many passages' first wordings (or titles) have that they tell nothing.
+
+    Of a large store an even sample is read: what is in a sixteenth of all is in it too, and all n-grams of 10^6
+    titles would take minutes at every start.
+    """
+    step = max(1, len(passages) // NAMES_SAMPLE)
+    return common_names([passage.questions[0] if passage.questions else passage.title for passage in passages[::step]])
 
 
 def _halve_names(
@@ -357,7 +366,7 @@ def load_index(folder: Path, embedder: Embedder) -> Index:
         ):
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
         vectors = LocalVectors.load(folder, sums, sides_of(found), embedder.dim)
-        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"])
+        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"], names_of(passages))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise IndexDamaged(f"{folder.name} cannot be read: {exc}") from exc
 
