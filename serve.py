@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ from bot.attachments import AttachmentStore
 from bot.conversations import ConversationHub
 from bot.demo import ZONE as DEMO_ZONE
 from bot.demo import date_promotions, demo_store
-from bot.engine import Engine
+from bot.engine import Engine, has_releases
 from bot.errors import BotError, MerchantError
+from bot.fine_tuning_api import FineTuning
 from bot.identity import Identities
-from bot.messages import Event
+from bot.live_experiment import LiveExperiment
+from bot.messages import Event, Language, Message
 from bot.metrics import Metrics
 from bot.prompt import render_prompt
+from bot.releases import Wanted, follow_pointer, named
 from bot.server import IndexStatus, Parts, ServerLimits, create_app, run
 from bot.settings import Settings, load_store_profile, secret_of
 from bot.storage import Storage
@@ -145,8 +148,14 @@ class LateRetriever:
         return self._live.get(passage_id) if self._live is not None else None
 
 
-def build_engine(settings: Settings) -> Engine | None:
-    """Return the engine the settings name, not started; None for approved answers only."""
+def build_engine(
+    settings: Settings, canaries: Callable[[], Sequence[Sequence[Message]]], followed: Callable[[], Wanted]
+) -> Engine | None:
+    """
+    Return the engine the settings name, not started; None for approved answers only. It must answer `canaries`.
+
+    `followed` says which releases are to be live, where the settings name no model.
+    """
     if settings.engine == "none":
         return None
     if settings.engine == "openai":
@@ -155,13 +164,39 @@ def build_engine(settings: Settings) -> Engine | None:
         if not settings.model:
             raise MerchantError("--engine openai needs --model, the name the remote server serves it under")
         return OpenAIEngine(settings.openai_url, settings.model, settings.openai_api_key)
-    from bot.engines.fetched import FetchedEngine
-    from bot.engines.supervisor import SupervisedEngine
+    from bot.engines.fetched import EngineMaker
+    from bot.engines.releases import ReleasedEngines
 
-    def factory() -> FetchedEngine:
-        return FetchedEngine(settings.model, settings.cache_dir(), settings.vllm)
+    wanted = followed
+    if settings.model:
+        fixed = Wanted(named(settings.model), follows=False)
+        wanted = lambda: fixed  # noqa: E731
+    return ReleasedEngines(EngineMaker(settings.cache_dir(), settings.vllm), wanted, canaries)
 
-    return SupervisedEngine(factory)
+
+def build_fine_tuning(settings: Settings, store_dir: Path) -> tuple[FineTuning, Callable[[], Awaitable[None]]]:
+    """
+    Return the files and jobs of the data folder, and what runs them beside the server. Loads no torch: jobs do.
+
+    Raises:
+        MerchantError: the database of jobs cannot be opened.
+    """
+    from finetune.files import check_expiry, check_purpose
+    from finetune.jobs import open_queue
+    from finetune.runner import Limits, Runner
+
+    queue = open_queue(
+        settings.data_dir(),
+        releases=settings.releases_dir(),
+        models=settings.cache_dir() / "models",
+        store=store_dir,
+        max_file_bytes=settings.upload_mb * 2**20,
+        threads=settings.job_threads,
+    )
+    memory = settings.job_memory_gb
+    limits = Limits(settings.jobs_at_once, None if memory is None else int(memory * 2**30), settings.job_hours)
+    runner = Runner(queue, limits)
+    return FineTuning(queue.files, queue, check_purpose, check_expiry, runner.figures), runner.run
 
 
 def build_parts(settings: Settings) -> Parts:
@@ -180,7 +215,22 @@ def build_parts(settings: Settings) -> Parts:
         date_promotions(store_dir, datetime.now(DEMO_ZONE).date())
     profile = load_store_profile(store_dir)
     retriever = LateRetriever(store_dir, settings)
-    engine = build_engine(settings)
+
+    def canaries() -> list[list[Message]]:
+        # As visitors ask, with a passage to answer from; begun as every prompt is, which warms the prefix cache.
+        asked: dict[Language, tuple[str, str]] = {
+            "zh": ("你们几点上班？", "人工客服的工作时间是每天9点到21点。"),
+            "en": ("When are you open?", "Our agents are here every day from 9:00 to 21:00."),
+        }
+        store = answerer.prompt_store(datetime.now(UTC))
+        return [
+            render_prompt(store, (), question, [Passage("hours", "faq", question, text, language, "canary")], language)
+            for language, (question, text) in asked.items()
+            if language in profile.languages
+        ]
+
+    experiment = LiveExperiment(settings.releases_dir(), follow_pointer(settings.releases_dir()))
+    engine = build_engine(settings, canaries, experiment.wanted)
     rules = Rules(
         direct=settings.direct,
         direct_confidence=settings.direct_confidence,
@@ -191,7 +241,7 @@ def build_parts(settings: Settings) -> Parts:
     answerer = Answerer(retriever=retriever, engine=engine, profile=profile, rules=rules)
     storage = Storage(settings.database())
     metrics = Metrics()
-    hub = ConversationHub(storage, answerer, recorder=metrics, policy=profile.handoff)
+    hub = ConversationHub(storage, answerer, recorder=metrics, policy=profile.handoff, assign=experiment.assign)
     records = Records(storage)
     desk = Desk(
         hub=hub,
@@ -206,6 +256,7 @@ def build_parts(settings: Settings) -> Parts:
     )
 
     attachments = AttachmentStore(data / "attachments")
+    fine_tuning, run_jobs = build_fine_tuning(settings, store_dir)
 
     async def events_of(conversation: str) -> Sequence[Event]:
         await storage.get(conversation)
@@ -226,19 +277,13 @@ def build_parts(settings: Settings) -> Parts:
             await asyncio.to_thread(date_promotions, store_dir, datetime.now(DEMO_ZONE).date())
 
     async def warm() -> None:
-        # What every prompt begins with is computed before a visitor waits for it: with each new engine (after a
-        # restart), and when the promotions of the day change.
-        warmed: tuple[object, object] = (None, None)
-        while engine is not None:
+        # What every prompt begins with is computed before a visitor waits for it: with each new engine (a release,
+        # a restart), and when the promotions of the day change.
+        while has_releases(engine):
             await asyncio.sleep(1)
-            engine_now = getattr(engine, "engine", engine)
-            if not (engine.state().ready and retriever.index_status().ready and hasattr(engine_now, "warm")):
-                continue
-            prompt = render_prompt(answerer.prompt_store(datetime.now(UTC)), (), "", (), "zh")
-            if warmed != (engine_now, prompt[0]):
-                warmed = (engine_now, prompt[0])
+            if engine.state().ready and retriever.index_status().ready:
                 try:
-                    await engine_now.warm(prompt)
+                    await engine.warm(render_prompt(answerer.prompt_store(datetime.now(UTC)), (), "", (), "zh"))
                 except BotError as exc:
                     logger.warning("the prompt was not warmed: %s", exc.code)
 
@@ -249,6 +294,7 @@ def build_parts(settings: Settings) -> Parts:
         engine=engine,
         index=retriever.index_status,
         release=answerer.release,
+        releases=engine.status if has_releases(engine) else None,
         store=profile,
         promotions=lambda: [_promotion(p) for p in retriever.current("promotion", now=datetime.now(UTC))],
         products=lambda: [_product(p) for p in retriever.current("product", now=datetime.now(UTC))],
@@ -258,13 +304,14 @@ def build_parts(settings: Settings) -> Parts:
         attachments=attachments,
         desk=desk,
         identities=Identities(secret_of(settings.identity_secret)),
+        fine_tuning=fine_tuning,
         api_key=secret_of(settings.api_key),
         limits=ServerLimits(
             allowed_origins=settings.allowed_origins,
             asks_per_minute=settings.asks_per_minute,
             sockets_per_address=settings.sockets_per_address,
         ),
-        jobs=(retriever.build, warm, sweep, *((keep_dated,) if is_demo else ())),
+        jobs=(retriever.build, warm, sweep, run_jobs, *((keep_dated,) if is_demo else ())),
     )
 
 
@@ -292,7 +339,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--host", metavar="H", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="P", help="port to listen on (8000)")
     parser.add_argument("--engine", choices=("vllm", "openai", "none"), help="what generates (vllm)")
-    parser.add_argument("--model", metavar="NAME", help="catalog name or model folder; without it the default release")
+    parser.add_argument("--model", metavar="NAME", help="catalog name, or a folder; without it what is published")
+    parser.add_argument("--releases", type=Path, metavar="DIR", help="published releases to follow (DATA/releases)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder for conversations (var/)")
     parser.add_argument("--direct", choices=("on", "off"), help="off: every answer is generated (for measuring)")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -125,7 +125,7 @@ async def _eval(args: argparse.Namespace) -> int:
         return 0
     for failure in result["failures"]:
         print(f"- {failure['id']} [{failure['outcome']}] {failure['question']}\n  missing {failure['missing']}")
-    print({k: v for k, v in result.items() if k != "failures"})
+    print({k: v for k, v in result.items() if k not in ("cases", "failures")})
     return 0
 
 

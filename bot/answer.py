@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-from bot.engine import Chunk, Engine, Sampling
+from bot.engine import BoundEngine, Chunk, Engine, Sampling, leased
 from bot.errors import EngineNotReady
 from bot.followup import Query, complete, content_words, split_at_comma, split_questions
 from bot.guard.facts import StreamGate, facts_of, grounds_of
@@ -99,6 +99,7 @@ class _Draft:
     """The reply as it grows."""
 
     language: Language
+    engine: BoundEngine | None  # held by this turn
     pieces: list[str] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -148,9 +149,12 @@ class Answerer:
         return self.retriever.thresholds.get("answer", ANSWER) if chosen is None else chosen
 
     def release(self) -> Release:
-        """Return what answers right now."""
-        name = self.engine.name if self.engine is not None else "none"
-        adapter = getattr(self.engine, "adapter", None)
+        """Return what answers right now, where nothing else is said."""
+        with leased(self.engine) as engine:
+            return self._release_of(engine)
+
+    def _release_of(self, engine: BoundEngine | None) -> Release:
+        name, adapter = (engine.name, engine.adapter) if engine is not None else ("none", None)
         return Release(name, adapter, PROMPT_VERSION, self.retriever.version)
 
     async def answer(
@@ -160,6 +164,7 @@ class Answerer:
         *,
         locale: str | None = None,
         stop: asyncio.Event | None = None,
+        release: str | None = None,
     ) -> AsyncGenerator[Phase | Delta | Reply, None]:
         """
         Yield phases and deltas, and last exactly one `Reply`.
@@ -167,35 +172,54 @@ class Answerer:
         Joining the deltas gives the reply's text, unless it is `revised`. When `stop` is set a reply with
         finish "abort" and the text so far follows soon. Closing the generator aborts the engine's request.
 
+        Args:
+            release: name of the live release that is to answer; the default one where None, or where it is not live.
+                One release makes the whole reply, also where another is published meanwhile.
+
         Raises:
             EngineBusy, EngineFailed, EngineDead: from the engine; the same question may be asked again.
         """
-        stop = stop or asyncio.Event()
+        with leased(self.engine, release) as engine:
+            async with aclosing(self._answer(engine, history, question, locale, stop or asyncio.Event())) as steps:
+                async for step in steps:
+                    yield step
+
+    async def _answer(
+        self,
+        engine: BoundEngine | None,
+        history: Sequence[Turn],
+        question: str,
+        locale: str | None,
+        stop: asyncio.Event,
+    ) -> AsyncGenerator[Phase | Delta | Reply, None]:
         language = reply_language(question, history, locale, self.profile.languages[0])
         say = PHRASES[language]
 
         # 1) Guard: what must not be treated as a question.
-        if (canned := self._without_search(question, language)) is not None:
+        if (canned := self._without_search(question, language, engine)) is not None:
             yield Delta(canned.text)
             yield canned
             return
 
         # 2) Retrieve and decide, question by question. A bot without its index still answers, less well.
-        yield Phase("searching")
+        yield Phase("searching", self._release_of(engine))
         now = self.clock()
         loop = asyncio.get_running_loop()
         try:
-            parts = await loop.run_in_executor(self._thread, self._decide, question, tuple(history), language, now)
+            can_generate = engine is not None and engine.state().ready
+            parts = await loop.run_in_executor(
+                self._thread, self._decide, question, tuple(history), language, now, can_generate
+            )
         except RetrievalError as exc:
             # One line: while the index is being built every question comes by here.
             logger.error("answering without passages: %s", exc)
             text = say.search_failed.format(contact=self._contact(language))
             yield Delta(text)
-            yield self._reply(_Draft(language, [text], outcomes=["no_answer"]))
+            yield self._reply(_Draft(language, engine, [text], outcomes=["no_answer"]))
             return
 
         # 3) Say it: quotes at once, the rest from the engine.
-        draft = _Draft(language)
+        draft = _Draft(language, engine)
         for n, part in enumerate(parts):
             if n and draft.pieces:
                 yield Delta("\n\n")
@@ -218,44 +242,49 @@ class Answerer:
 
     # --- stage 1 ---------------------------------------------------------------------------------------
 
-    def _without_search(self, question: str, language: Language) -> Reply | None:
+    def _without_search(self, question: str, language: Language, engine: BoundEngine | None) -> Reply | None:
         """Return the reply to what is no question about the store: attacks, calls for a human, courtesies."""
         say = PHRASES[language]
         if not question.strip():  # the visitor sent nothing but files
-            return self._reply(_Draft(language, [say.only_files], outcomes=["no_answer"]))
+            return self._reply(_Draft(language, engine, [say.only_files], outcomes=["no_answer"]))
         if (danger := danger_of(question)) is not None:
             text = say.refused_injection if danger == "injection" else say.refused_others_data
-            return self._reply(_Draft(language, [text], outcomes=["refused"]))
+            return self._reply(_Draft(language, engine, [text], outcomes=["refused"]))
         if (trigger := handoff_trigger(question, self.profile.handoff)) is not None:
             said = {"asked": say.handoff_asked, "anger": say.handoff_anger}.get(trigger, say.handoff_rule)
             text = said.format(hours=self._hours(language), contact=self._contact(language))
-            return replace(self._reply(_Draft(language, [text], outcomes=["handoff"])), handoff=trigger)
+            return replace(self._reply(_Draft(language, engine, [text], outcomes=["handoff"])), handoff=trigger)
         if (courtesy := courtesy_of(question)) is not None:
             text = self.profile.greeting[language] if courtesy == "greeting" else say.courtesies[courtesy]
             replies = self.profile.quick_replies.get(language, ()) if courtesy == "greeting" else ()
-            return replace(self._reply(_Draft(language, [text], outcomes=["direct"])), quick_replies=replies)
+            return replace(self._reply(_Draft(language, engine, [text], outcomes=["direct"])), quick_replies=replies)
         return None
 
     # --- stage 2: runs in the search thread ------------------------------------------------------------
 
-    def _decide(self, message: str, history: tuple[Turn, ...], language: Language, now: datetime) -> list[Part]:
+    def _decide(
+        self, message: str, history: tuple[Turn, ...], language: Language, now: datetime, can_generate: bool
+    ) -> list[Part]:
         """Return what to do, one part for each question of the message that needs its own."""
         questions = split_questions(message)
         if len(questions) == 1 and (halves := split_at_comma(message)):
             # A comma joins two questions less often than it does not: only where both halves have a sure answer.
-            two = [self._decide_one(complete(q, history, halves[:n]), language, now) for n, q in enumerate(halves)]
+            two = [
+                self._decide_one(complete(q, history, halves[:n]), language, now, can_generate)
+                for n, q in enumerate(halves)
+            ]
             if all(part.how == "quote" for part in two) and two[0].text != two[1].text:
-                whole = self._decide_one(complete(message, history), language, now)
+                whole = self._decide_one(complete(message, history), language, now, can_generate)
                 return two if min(map(_confidence, two)) >= _confidence(whole) - 0.1 else [whole]
         parts: list[Part] = []
         for n, question in enumerate(questions):
             query = complete(question, history, questions[:n])
             if len(questions) == 1:
                 query = self._in_context(query, history, language, now)
-            parts.append(self._decide_one(query, language, now))
+            parts.append(self._decide_one(query, language, now, can_generate))
         if len(parts) > 1:
             # A message whose parts say nothing by themselves may do so as a whole.
-            whole = self._decide_one(complete(message, history), language, now)
+            whole = self._decide_one(complete(message, history), language, now, can_generate)
             if all(part.how == "none" for part in parts) or _confidence(whole) > max(map(_confidence, parts)) + 0.25:
                 return [whole]
             # The same passage twice is one answer.
@@ -263,17 +292,17 @@ class Answerer:
             parts = [p for p in parts if p.how != "quote" or quotes[p.text] is p]
         return parts
 
-    def _decide_one(self, query: Query, language: Language, now: datetime) -> Part:
+    def _decide_one(self, query: Query, language: Language, now: datetime, can_generate: bool) -> Part:
         rules = self.rules
         hits = [hit for hit in self._search(query, language, now) if hit.passage.id not in query.skip]
+        top = hits[0].confidence if hits else 0.0
+        about = promotions.about_promotions(query.standalone)
         if not rules.direct:  # measuring the model alone
-            return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
+            return Part("generate", query, hits=self._to_generate_from(query, hits, about, language, now))
 
         # What is on today is a list, not a passage.
-        about = promotions.about_promotions(query.standalone)
         if about and promotions.asks_for_all(query.standalone):
             return self._list_promotions(query, language, now)
-        top = hits[0].confidence if hits else 0.0
         if (ended := self._ended(query, top, language, now)) is not None:
             return ended
 
@@ -295,7 +324,7 @@ class Answerer:
         if top < self._answer_confidence or elsewhere:
             near = self._near(hits) if top >= rules.near_confidence and not elsewhere else ()
             return Part("none", query, hits=near)
-        if self.engine is None or not self.engine.state().ready:
+        if not can_generate:
             near = self._near(hits)
             return Part("quote", query, self._closest(near, language, now), near)
         return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
@@ -370,8 +399,38 @@ class Answerer:
         hits = tuple(Hit(p, 1.0, 1.0) for p in current)
         return Part("quote", query, promotions.list_text(current, language), hits)
 
+    def _to_generate_from(
+        self, query: Query, hits: Sequence[Hit], about: bool, language: Language, now: datetime
+    ) -> tuple[Hit, ...]:
+        """Return what the model answers from where it answers everything, best first: of promotions what would be quoted."""  # noqa: E501
+        n = self.rules.n_passages
+        top = hits[0].confidence if hits else 0.0
+        if (passage := self._not_on(query, top, language, now)) is not None:
+            notice = promotions.not_now_text(passage, now, self.profile.timezone, language)
+            on = self._current_promotions(language, now)
+            return tuple(Hit(p, 1.0, 1.0) for p in (replace(passage, text=notice), *on))
+        if about and (promotions.asks_for_all(query.standalone) or top < self._direct_confidence):
+            on = self._current_promotions(language, now)
+            found = [h.passage for h in hits]
+            on = sorted(on, key=lambda p: found.index(p) if p in found else len(found))
+            return (*(Hit(p, 1.0, 1.0) for p in on), *[h for h in hits if h.passage not in on][: n // 2])
+        if about and hits[0].passage.kind == "product":
+            category = str(hits[0].passage.meta.get("category") or "")
+            on = promotions.for_category(self._current_promotions(language, now), category)
+            return (hits[0], *(Hit(p, 1.0, 1.0) for p in on))
+        return tuple(hits[:n])
+
     def _ended(self, query: Query, top: float, language: Language, now: datetime) -> Part | None:
         """Return the answer to a question about a promotion that is not on now, or None."""
+        passage = self._not_on(query, top, language, now)
+        if passage is None:
+            return None
+        text = promotions.not_now_text(passage, now, self.profile.timezone, language)
+        listed = self._list_promotions(query, language, now)
+        return Part("quote", query, f"{text}\n\n{listed.text}", listed.hits)
+
+    def _not_on(self, query: Query, top: float, language: Language, now: datetime) -> Passage | None:
+        """Return the promotion that a question is about and that is not on now, or None."""
         stale = [h for h in self.retriever.expired(query.standalone, 4, now=now) if h.passage.kind == "promotion"]
         if not stale:
             return None
@@ -381,10 +440,7 @@ class Answerer:
         if not (named or (meant and promotions.about_promotions(query.standalone))):
             return None
         in_language = [h for h in stale if h.passage.lang == language and h.confidence >= 0.8 * stale[0].confidence]
-        passage = (in_language or stale)[0].passage
-        text = promotions.not_now_text(passage, now, self.profile.timezone, language)
-        listed = self._list_promotions(query, language, now)
-        return Part("quote", query, f"{text}\n\n{listed.text}", listed.hits)
+        return (in_language or stale)[0].passage
 
     def _quotable(self, hit: Hit, language: Language) -> bool:
         """Whether a passage can go out word for word: it is in the visitor's language, or has a sibling that is."""
@@ -426,7 +482,7 @@ class Answerer:
         self, part: Part, history: Sequence[Turn], draft: _Draft, now: datetime, stop: asyncio.Event
     ) -> AsyncGenerator[Phase | Delta, None]:
         """Stream one generated piece into `draft`, letting only checked text through."""
-        engine, language = self.engine, draft.language
+        engine, language = draft.engine, draft.language
         if engine is None or not engine.state().ready:
             raise EngineNotReady("no engine to generate with")
         yield Phase("thinking")
@@ -525,7 +581,7 @@ class Answerer:
             outcome=outcome,
             finish=draft.finish,
             language=draft.language,
-            release=self.release(),
+            release=self._release_of(draft.engine),
             citations=self._citations(draft),
             cards=_cards(draft.hits, draft.language, self._in_language),
             quick_replies=say.quick_after_no_answer if outcome == "no_answer" else (),

@@ -326,7 +326,7 @@ def fetch(
         return check_folder(folder)
     progress = progress or ConsoleProgress(entry.name)
     reasons = []
-    with _locked(folder):
+    with locked(folder):
         if is_here(entry, cache_dir):  # another process fetched it while we waited
             return check_folder(folder)
         for source in entry.sources:
@@ -347,7 +347,7 @@ def fetch(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the model's lock; the kernel frees it when the process dies, however it dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as file:

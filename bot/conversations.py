@@ -59,10 +59,16 @@ class Answerer(Protocol):
     """Makes replies; `bot.answer` has the real one. One instance serves all conversations of a process."""
 
     def answer(
-        self, history: Sequence[Turn], question: str, *, locale: str | None, stop: asyncio.Event
+        self,
+        history: Sequence[Turn],
+        question: str,
+        *,
+        locale: str | None,
+        stop: asyncio.Event,
+        release: str | None = None,
     ) -> AsyncGenerator[Phase | Delta | Reply, None]:
         """
-        Yield phases and deltas, and last exactly one `Reply`.
+        Yield phases and deltas, and last exactly one `Reply`. `release`: name of who is to answer; None: the default.
 
         Once `stop` is set, a reply with finish "abort" and the text so far comes soon. Closing the generator gives
         the reply up.
@@ -144,6 +150,7 @@ class ReplyUnderWay:
     turns: list[str] | None = None  # all the messages it answers, where there is more than one
     text: str = ""
     phase: PhaseName | None = None
+    release: Release | None = None  # what makes it, once that is known
     top_index: int = -1  # highest delta index that any subscriber was given; a resumed one goes on from there
 
 
@@ -396,6 +403,7 @@ class ConversationHub:
         recorder: Recorder | None = None,
         queue: Queue | None = None,
         policy: HandoffPolicy | None = None,
+        assign: Callable[[Conversation], str | None] = lambda conversation: None,
         max_waiting: int = 5,
         typing_wait_s: float = 1.5,
         reply_timeout_s: float = 180.0,
@@ -406,6 +414,7 @@ class ConversationHub:
         Args:
             queue: who is told of everything that happens; may be set later (`watch`).
             policy: when a human is called without being asked for.
+            assign: which release answers a conversation, asked for each reply; None is the default one.
             max_waiting: questions that may wait while a reply is under way.
             typing_wait_s: longest the first text of a reply is held back for a visitor who is writing more.
             reply_timeout_s: longest a reply may take; then it fails and may be asked for again.
@@ -416,6 +425,7 @@ class ConversationHub:
         self.answerer = answerer
         self.recorder = recorder or NullRecorder()
         self.policy = policy or HandoffPolicy()
+        self._assign = assign
         self._queue: Queue = queue or NoQueue()
         self.max_waiting = max_waiting
         self.typing_wait_s = typing_wait_s
@@ -478,7 +488,7 @@ class ConversationHub:
         id_, token = await self.storage.create_conversation(locale, customer)
         if not subscriber.ended:
             live = self._live.setdefault(id_, _Live(id_))
-            live.head = Conversation(id_, locale, "bot", 0, customer=customer)
+            live.head = Conversation(id_, locale, "bot", 0, customer=customer, created_at=datetime.now(UTC))
             subscriber.push(welcome(live.head, token))
             self._add(live, subscriber)
         return id_
@@ -939,7 +949,7 @@ class ConversationHub:
                     outcome="generated",
                     finish="abort",
                     language=reply_language(reply.text, (), live.head.locale),
-                    release=self.answerer.release(),
+                    release=reply.release or self.answerer.release(),
                 )
                 entries = [("message", reply_data(said, ask.turn, turns=ask.turns, recovered=ask.recovered)), *entries]
         try:
@@ -1131,7 +1141,13 @@ class ConversationHub:
         history = history_of(await self.storage.events(live.id, last=HISTORY_EVENTS), before=ask.messages[0].seq)
         try:
             async with asyncio.timeout(self.reply_timeout_s) as ask.deadline:
-                steps = self.answerer.answer(history, ask.question, locale=live.head.locale, stop=ask.stop)
+                steps = self.answerer.answer(
+                    history,
+                    ask.question,
+                    locale=live.head.locale,
+                    stop=ask.stop,
+                    release=self._assign(live.head),
+                )
                 async with aclosing(steps):
                     async for step in steps:
                         if ask.dropped:
@@ -1148,6 +1164,7 @@ class ConversationHub:
                                 subscriber.grown()
                         elif isinstance(step, Phase):
                             reply.phase = step.name
+                            reply.release = step.release or reply.release
                             for subscriber in live.subscribers:
                                 subscriber.push(dump_frame("status", turn=ask.turn, turns=ask.turns, phase=step.name))
                         else:

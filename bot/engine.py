@@ -6,9 +6,10 @@ Implementations live in `bot/engines/`, one file per foreign library. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeGuard
 
 from bot.messages import Finish, Message
 
@@ -45,12 +46,29 @@ class EngineState:
     detail: str = ""  # one short line, for instance "loading weights"
 
 
-class Engine(Protocol):
-    """Generates replies. One instance serves all conversations of a process."""
+@dataclass(frozen=True, slots=True)
+class ReleaseStatus:
+    """What /readyz says of releases: which one answers, which one is to, and what stands between them."""
+
+    name: str | None  # answers turns that ask for no other; None while nothing does
+    wanted: str | None  # what the pointer names; None: nothing is published, or it is not followed
+    state: Literal["starting", "serving", "switching", "failed"]
+    follows: bool  # whether the pointer is followed at all
+    detail: str = ""  # one short line: how far it is, or why it failed
+    live: tuple[str, ...] = ()  # all that answer, the default first
+
+
+class BoundEngine(Protocol):
+    """What a turn needs of an engine: one release, the same from the turn's beginning to its end."""
 
     @property
     def name(self) -> str:
-        """Catalog or folder name of the model, for the release."""
+        """Catalog or folder name of the (base) model, for the release."""
+        ...
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the published release that is served, None for a bare model."""
         ...
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
@@ -82,6 +100,10 @@ class Engine(Protocol):
         """The most prompt tokens that still leave room for a reply."""
         ...
 
+
+class Engine(BoundEngine, Protocol):
+    """Generates replies. One instance serves all conversations of a process."""
+
     async def start(self) -> None:
         """Load whatever is needed, and return once ready. Never called twice at once."""
         ...
@@ -93,3 +115,33 @@ class Engine(Protocol):
     def figures(self) -> dict[str, float]:
         """Return gauges and counters for /metrics: running, waiting, kv_cache_usage, generated_tokens, …"""
         ...
+
+
+class Engines(Engine, Protocol):
+    """Several releases that are served at the same time, of which a turn holds one (`bot.engines.releases`)."""
+
+    def lease(self, release: str | None = None) -> AbstractContextManager[BoundEngine]:
+        """Return the live release of that name, else the default one; it is not closed before the block ends."""
+        ...
+
+    def status(self) -> ReleaseStatus:
+        """Return which release answers, which one is to, and what stands between them."""
+        ...
+
+    async def warm(self, messages: Sequence[Message]) -> None:
+        """Fill the prefix caches of all that is live with what every prompt begins with, where they are not yet."""
+        ...
+
+
+def has_releases(engine: Engine | None) -> TypeGuard[Engines]:
+    return hasattr(engine, "lease")
+
+
+@contextmanager
+def leased(engine: Engine | None, release: str | None = None) -> Iterator[BoundEngine | None]:
+    """Hold what a turn is answered by, from its start to its end; an engine that serves one release is that itself."""
+    if has_releases(engine):
+        with engine.lease(release) as bound:
+            yield bound
+    else:
+        yield engine

@@ -14,6 +14,7 @@ The errors a visitor or a merchant can cause or meet, and their wire codes.
     │   ├── Taken                taken                  (another agent has the conversation)
     │   ├── NotYours             not_yours              (only its owner may)
     │   ├── NotFound             not_found              (no such thing in the inbox)
+    │   ├── BadRequest           its own code           (files and fine-tuning jobs, in OpenAI's shape)
     │   ├── Unauthorized         unauthorized           (no session; BadCredentials: bad_credentials)
     │   └── Forbidden            forbidden              (another role may)
     ├── ServerError            ours: a code and a plain sentence, never a traceback or a path
@@ -142,6 +143,19 @@ class NotYours(ClientError):
 
 class NotFound(ClientError):
     code = "not_found"
+
+
+class BadRequest(ClientError):
+    """
+    What a client of files and fine-tuning jobs asks for cannot be done; shown in OpenAI's error shape.
+
+    `param` is the field at fault; `status` the one of HTTP.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.status = param, status
+        self.code = code or "invalid_value"
 
 
 class Unauthorized(ClientError):

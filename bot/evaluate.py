@@ -6,6 +6,7 @@ fact_accuracy     facts (inner lists of `must_include`) found, of all facts of t
                   a case with a forbidden wording counts none of its facts
 refusal_accuracy  cases that expect no_answer, handoff or refuse whose reply has that outcome
 passed            cases with every fact, nothing forbidden, and the expected outcome
+`cases` lists each with its facts found, in the file's order: what two runs are compared by, case by case.
 """
 
 from __future__ import annotations
@@ -186,6 +187,21 @@ async def evaluate(
         "ttft_ms_p50": _median(ttft),
         "e2e_ms_p50": _median(e2e),
         "release": next((v.release for v in verdicts if v.release), {}),
+        "cases": [
+            {
+                "id": v.case.id,
+                "lang": v.case.lang,
+                "question": v.case.turns[-1],
+                "expect": v.case.expect,
+                "outcome": v.outcome,
+                "outcome_right": v.outcome_right,
+                "passed": v.passed,
+                "n_facts": len(v.case.must_include),
+                "n_found": v.facts_found,
+                "text": v.text,
+            }
+            for v in verdicts
+        ],
         "failures": [
             {
                 "id": v.case.id,

@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -88,7 +88,7 @@ class _Answering:
     steps: Steps
     id: str
     created: int
-    model: str
+    model: str  # the release that answers
     messages: tuple[Message, ...]
     began: float
 
@@ -160,7 +160,9 @@ def openai_routes(
                 async with aclosing(answering.steps):
                     return await _unless_gone(request, whole(answering))
             # The first text is waited for here, so that a busy engine is a 503 and not a broken stream.
-            first = await _unless_gone(request, _first(answering.steps))
+            first, answers = await _unless_gone(request, _first(answering.steps))
+            if answers is not None:
+                answering = replace(answering, model=_model_id(answers))
         except _ClientGone:
             await answering.steps.aclose()
             return Response(status_code=499)
@@ -189,7 +191,7 @@ def openai_routes(
                 "id": answering.id,
                 "object": "chat.completion",
                 "created": answering.created,
-                "model": answering.model,
+                "model": _model_id(reply.release),
                 "choices": [
                     {
                         "index": 0,
@@ -287,11 +289,15 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(watch, task, return_exceptions=True)
 
 
-async def _first(steps: Steps) -> Delta | Reply:
+async def _first(steps: Steps) -> tuple[Delta | Reply, Release | None]:
+    """Return the first of the reply, and what answers, where that was said before it."""
+    release: Release | None = None
     async with asyncio.timeout(REPLY_TIMEOUT_S):
         async for step in steps:
-            if not isinstance(step, Phase):
-                return step
+            if isinstance(step, Phase):
+                release = step.release or release
+            else:
+                return step, release
     raise EngineFailed("the answerer ended without a reply")
 
 

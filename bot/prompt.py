@@ -2,8 +2,8 @@
 `render_prompt`: the one function that turns a conversation into messages, for serving and for training. Pure.
 
 Laid out for the prefix cache: first the system message, byte-identical for every visitor of a store on a day;
-then the history, append-only, without the passages of past turns; last this turn's passages, sorted by id,
-and the question. No clock time, visitor name or request id anywhere.
+then the history, append-only, without the passages of past turns; last this turn's passages, the best one next to
+the question, and the question. No clock time, visitor name or request id anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bot.messages import Language, Message, Turn
 from retrieval.passages import Passage
 
 # Changes whenever the layout or a wording here does: replies and training runs are stamped with it.
-PROMPT_VERSION = "p2"
+PROMPT_VERSION = "p3"
 
 _SYSTEM = """You are the customer-service assistant of {name_en} ({name_zh}).{persona}
 Answer only from the numbered passages in the last message. Copy prices, dates, codes and conditions exactly as they \
@@ -87,8 +87,10 @@ def _messages(
     messages = [Message("system", system)]
     for turn in history:
         messages += [Message("user", strip_control_tokens(turn.question)), Message("assistant", turn.reply)]
+    # Their order is all that the model learns of what the retriever thinks of them: two in three answers stand in the
+    # best one. It comes last, because a small model reads best what is nearest to the question.
     listed = "\n".join(
-        f"[{n}] {strip_control_tokens(passage_line(p))}" for n, p in enumerate(sorted(passages, key=lambda p: p.id), 1)
+        f"[{n}] {strip_control_tokens(passage_line(p))}" for n, p in enumerate(reversed(passages), 1)
     )
     ask = _ASK[language].format(passages=listed or "-", question=strip_control_tokens(question))
     messages.append(Message("user", ask))

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -38,7 +38,7 @@ from bot.asyncapi import asyncapi
 from bot.attachments import MAX_FILE_BYTES, MAX_PER_MESSAGE, SUFFIXES, AttachmentStore
 from bot.connection import Connection, quietly
 from bot.conversations import CLOSE_RESTART, CLOSE_TRY_LATER, Answerer, ConversationHub, Subscriber
-from bot.engine import Engine, EngineState
+from bot.engine import Engine, EngineState, ReleaseStatus
 from bot.errors import (
     BadFrame,
     BadIdentity,
@@ -49,6 +49,7 @@ from bot.errors import (
     StorageUnavailable,
     UnknownConversation,
 )
+from bot.fine_tuning_api import FineTuning, fine_tuning_routes
 from bot.identity import Identities
 from bot.language import reply_language
 from bot.limits import Places, RateLimit, is_loopback
@@ -133,8 +134,10 @@ class Parts:
     attachments: AttachmentStore | None = None  # None: no files are taken
     desk: Desk | None = None  # None: there are no agents
     identities: Identities = field(default_factory=lambda: Identities(None))
+    fine_tuning: FineTuning | None = None  # files and jobs; None: there are none
     api_key: str | None = None  # for metrics and OpenAI's API; None: this machine only
     limits: ServerLimits = field(default_factory=ServerLimits)
+    releases: Callable[[], ReleaseStatus] | None = None  # None: the engine is no release's
     jobs: tuple[Callable[[], Awaitable[None]], ...] = ()  # run from start to end beside the server: building an index
 
 
@@ -182,6 +185,8 @@ def create_app(parts: Parts) -> FastAPI:
             admit=server.admit_request,
         )
     )
+    if parts.fine_tuning is not None:
+        app.include_router(fine_tuning_routes(parts.fine_tuning, own_origin=own_origin))
     if parts.attachments is not None:
         app.routes.extend(
             attachment_routes(
@@ -223,6 +228,8 @@ class _Server:
         if parts.desk is not None:
             parts.metrics.watch("desk", parts.desk.figures)
         parts.metrics.watch("index", self._index_figures)
+        if parts.fine_tuning is not None:
+            parts.metrics.watch("jobs", parts.fine_tuning.figures)
         if parts.engine is not None:
             parts.metrics.watch("engine", parts.engine.figures)
 
@@ -346,6 +353,7 @@ class _Server:
                 "phase": engine.phase,
                 "detail": engine.detail,
             },
+            "release": None if self.parts.releases is None else asdict(self.parts.releases()),
             "missing": missing,
         }
         headers = {"Cache-Control": "no-store", "Access-Control-Allow-Origin": "*"}  # the widget asks from shop pages

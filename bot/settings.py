@@ -34,12 +34,21 @@ class Settings(BaseSettings):
     engine: Literal["vllm", "openai", "none"] = Field(
         "vllm", description="What generates: vLLM in this process, an OpenAI-compatible server, or nothing."
     )
-    model: str | None = Field(None, description="Catalog name or a model folder; the default release where not given.")
+    model: str | None = Field(
+        None,
+        description="Catalog name, or the folder of a model or a release; what is published where not given, else the "
+        "default release.",
+    )
     data: Path | None = Field(
         None,
         description="Folder for conversations; `var/` in the checkout, the user's data directory for a wheel.",
     )
     cache: Path | None = Field(None, description="Folder for models and vectors; the per-user cache directory.")
+    releases: Path | None = Field(
+        None,
+        description="Folder of published releases, whose `current.json` a running server follows (engine=vllm without "
+        "`model`); `releases/` under `data`.",
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL (async driver); SQLite under `data`.")
 
     openai_url: str = Field("http://127.0.0.1:8001/v1", description="Base URL of the remote engine (engine=openai).")
@@ -97,9 +106,16 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(
         None,
-        description="Key for `/v1/chat/completions`, `/v1/models` and `/metrics` (`Authorization: Bearer …`); without "
-        "one they answer this machine only (loopback addresses).",
+        description="Key for `/v1/chat/completions`, `/v1/models`, `/v1/files`, `/v1/fine_tuning` and `/metrics` "
+        "(`Authorization: Bearer …`); without one they answer this machine only (loopback addresses).",
     )
+    upload_mb: int = Field(512, ge=1, description="Largest file of `/v1/files`, in MiB.")
+    jobs_at_once: int = Field(1, ge=1, description="Fine-tuning jobs that compute at the same time.")
+    job_threads: int = Field(
+        0, ge=0, description="CPU threads of a job; 0: half the cores. A job has the lowest priority besides."
+    )
+    job_memory_gb: float | None = Field(None, gt=0, description="A job that takes more memory fails, GiB.")
+    job_hours: float = Field(24.0, gt=0, description="A job that computes for longer fails.")
     agent_session_h: float = Field(12.0, gt=0, le=24 * 30, description="Hours until an agent has to sign in again.")
     agent_gone_s: float = Field(
         120.0,
@@ -124,6 +140,10 @@ class Settings(BaseSettings):
             return above / "var"
         base = os.environ.get("XDG_DATA_HOME")
         return (Path(base) if base else Path.home() / ".local" / "share") / "zhanggui"
+
+    def releases_dir(self) -> Path:
+        """Return the folder of published releases; not created yet."""
+        return self.releases or self.data_dir() / "releases"
 
     def database(self) -> str:
         """Return the SQLAlchemy URL of the conversations."""

@@ -24,7 +24,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +91,7 @@ _SELECT_HEAD = sa.select(
     _conversations.c.customer_id,
     _conversations.c.customer_name,
     _conversations.c.customer_email,
+    _conversations.c.created_at,
     _last,
 ).where(_is_conversation)
 _SELECT_HEAD_AND_ASK = (
@@ -166,6 +167,19 @@ class Conversation:
     seq: int  # of the last event; 0 where there is none
     owner: str | None = None  # id of the agent who has it, in state human
     customer: Customer | None = None  # whom the store's backend signed for; None is nobody: no order data
+    created_at: datetime | None = None  # aware; None only for one that no database holds
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A conversation with all its events, for those who look back on many."""
+
+    id: str
+    created_at: datetime
+    locale: str | None
+    state: State
+    customer: str | None  # id of whom the store signed for
+    events: list[Event]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,19 +242,21 @@ class Storage:
 
     # Opening and closing
 
-    async def open(self, *, shared: bool = False) -> None:
+    async def open(self, *, shared: bool = False, must_exist: bool = False) -> None:
         """
         Connect, bring the schema up to date, start writing.
 
         Args:
             shared: beside a running server: for a command that appends no events (accounts of agents).
+            must_exist: for a command that looks back: an SQLite file that is not there is not made.
 
         Raises:
-            MerchantError: another process has the file open, or a newer version of this program wrote it.
+            MerchantError: another process has the file open, a newer version of this program wrote it, or it is
+                missing.
             StorageUnavailable: the database cannot be reached.
         """
         if self._url.get_backend_name() == "sqlite":
-            self._lock_sqlite_file(shared=shared)
+            self._lock_sqlite_file(shared=shared, must_exist=must_exist)
         self._engine = create_async_engine(
             self._url,
             pool_pre_ping=self._url.get_backend_name() != "sqlite",
@@ -317,7 +333,9 @@ class Storage:
         if not rows:
             raise UnknownConversation
         row = rows[0]
-        return Conversation(conversation, row.locale, cast(State, row.state), row.last, row.owner, _customer_of(row))
+        return Conversation(
+            conversation, row.locale, cast(State, row.state), row.last, row.owner, _customer_of(row), row.created_at
+        )
 
     async def set_customer(self, conversation: str, customer: Customer) -> None:
         """
@@ -552,6 +570,24 @@ class Storage:
         events = [_event(row) for row in rows]
         return events if last is None else events[::-1]
 
+    async def logs(self, *, since: datetime, page: int = 200) -> AsyncGenerator[Log, None]:
+        """Yield every conversation with an event at or after `since` (aware), oldest first, `page` read at a time."""
+        c = _conversations.c
+        recent = sa.select(_events.c.conversation_id).where(_events.c.at >= since)
+        rows = await self.read(sa.select(c.id).where(c.id.in_(recent)).order_by(c.created_at, c.id))
+        ids = [row.id for row in rows]
+        for n in range(0, len(ids), page):
+            chosen = ids[n : n + page]
+            heads = {row.id: row for row in await self.read(sa.select(_conversations).where(c.id.in_(chosen)))}
+            events: dict[str, list[Event]] = {id_: [] for id_ in chosen}
+            query = sa.select(_events).where(_events.c.conversation_id.in_(chosen)).order_by(_events.c.seq)
+            for row in await self.read(query):
+                events[row.conversation_id].append(_event(row))
+            for id_ in chosen:
+                head = heads[id_]
+                state = cast(State, head.state)
+                yield Log(id_, head.created_at, head.locale, state, head.customer_id, events[id_])
+
     async def unanswered(self, *, since: datetime, conversation: str | None = None) -> list[Unanswered]:
         """
         Return the questions asked at or after `since` (aware) that have no reply, oldest first.
@@ -686,12 +722,14 @@ class Storage:
             logger.error("cannot open the database: %s", _reason(exc))
             raise StorageUnavailable from exc
 
-    def _lock_sqlite_file(self, *, shared: bool) -> None:
+    def _lock_sqlite_file(self, *, shared: bool, must_exist: bool) -> None:
         """Take the file for this process: two servers would each number events and answer the same question."""
         name = self._url.database
         if not name or name == ":memory:" or name.startswith("file:"):
             raise MerchantError(f"database {name!r}: give the path of a file; a database in memory is not supported")
         path = Path(name)
+        if must_exist and not path.is_file():
+            raise MerchantError(f"database {str(path)!r}: no such file; name the server's conversations.sqlite3")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shared:

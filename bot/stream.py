@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bot.messages import Release
+
 PhaseName = Literal["searching", "thinking", "typing"]
 
 
@@ -17,6 +19,7 @@ class Phase:
     """The turn has reached this stop; visitors see it as a `status` frame."""
 
     name: PhaseName
+    release: Release | None = None  # with the first phase: what answers this turn, also if it is cut before its Reply
 
 
 @dataclass(frozen=True, slots=True)

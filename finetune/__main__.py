@@ -1,5 +1,5 @@
 """
-`python -m finetune import|train|eval|publish|rollback|releases`: what a merchant types.
+`python -m finetune import|train|search|classify|eval|publish|rollback|releases`: what a merchant types.
 
 The composition root of this package, as serve.py is of the server: knows arguments, exit statuses and JSON, and is the
 only file here that knows the retriever, so that training sees the passages that serving would. 0: done; 2: bad usage or
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bot.errors import BotError, MerchantError
-from finetune import augment
+from finetune import ab_cli, ablate_cli, augment, distill_cli, jobs_cli, replay_cli, train_cli
 from finetune.formats import FORMATS
 from finetune.importing import BadData, ImportConfig, import_dialogues
+from finetune.waiting import NotServed, readyz_of, wait_until_served
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = _parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status: int = options.run(options)
         return status
@@ -73,8 +75,10 @@ def _progress(stage: str, done: int, total: int) -> None:
 def _import(options: argparse.Namespace) -> int:
     from finetune.report import render_report
 
+    validation = tuple(str(f) for f in _expanded(options.validation)) if options.validation else ()
     config = ImportConfig(
-        files=tuple(str(f) for f in _expanded(options.files)),
+        files=(*(str(f) for f in _expanded(options.files)), *validation),
+        validation=validation,
         format=options.format,
         columns=_pairs(options.columns),
         agents=tuple(_values(options.agents)),
@@ -84,7 +88,7 @@ def _import(options: argparse.Namespace) -> int:
         near=options.near,
         macro=options.macro,
         lookups=options.lookups,
-        valid=options.valid,
+        valid=0.0 if validation else options.valid,
         test=options.test,
         skip_bad=options.skip_bad,
         augment=tuple(_values(options.augment)),
@@ -153,76 +157,6 @@ def _questions(path: Path) -> list[str]:
     return found
 
 
-# --- train -----------------------------------------------------------------------------------------------------------
-
-_FLAGS = ("base", "data", "store", "method", "rank", "alpha", "lr", "schedule", "epochs", "max_steps", "max_tokens",
-          "row_tokens", "batch_tokens", "adversarial", "eval_every", "patience", "unanswerable", "threads", "seed")  # fmt: skip  # noqa: E501
-
-
-def _train(options: argparse.Namespace) -> int:
-    from finetune.config import load_config
-    from finetune.methods import check_servable
-
-    given = {name: getattr(options, name) for name in _FLAGS}
-    switches = {"packing": options.packing, "bf16": options.bf16, "gradient_checkpointing": options.checkpointing}
-    config = load_config(options.config, {**given, **switches, **_set_values(options.set)})
-    check_servable(config, must_serve=options.publishable)
-    from finetune.data import load_data
-
-    load_data(config.data)  # refused before torch and the index are loaded
-    from finetune.train import train
-
-    search, store, close = _search_of(config.store) if config.store else (None, None, lambda: None)
-    try:
-        result = train(
-            config, options.run_folder, search=search, store=store, resume=options.resume, dry_run=options.dry_run,
-            publishable=options.publishable, report=_tell,
-        )  # fmt: skip
-    finally:
-        close()
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    _print(result, options.json, lambda r: "\n".join(f"{k}: {v}" for k, v in r.items()))
-    return 0
-
-
-def _set_values(items: list[str]) -> dict[str, Any]:
-    """Return --set NAME=VALUE pairs, the values as JSON where they are."""
-    found: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise MerchantError(f"--set: {item!r}; write NAME=VALUE, for instance dropout=0.05")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
-def _tell(event: dict[str, Any]) -> None:
-    """One line of progress for a terminal; the estimate and validations for a log too."""
-    if event["kind"] == "estimate":
-        minutes = (event["seconds"] or 0) / 60
-        print(
-            f"estimate: {event['n_tokens']:,} tokens in {event['n_steps']} steps, about {minutes:.1f} min at "
-            f"{event['tokens_per_s']} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB; "
-            f"{event['n_trained_parameters']:,} of {event['n_parameters']:,} parameters trained",
-            file=sys.stderr,
-        )
-    elif event["kind"] == "valid":
-        print(f"\r\x1b[Kstep {event['step']}: validation loss {event['loss']:.4f}", file=sys.stderr)
-    elif sys.stderr.isatty():
-        share = event["step"] / event["n_steps"]
-        bar = "#" * int(30 * share) + "." * (30 - int(30 * share))
-        print(
-            f"\r\x1b[K[{bar}] {event['step']}/{event['n_steps']} loss {event['loss']:.3f} {event['tokens_per_s']:.0f} tok/s, {event['eta_s'] / 60:.1f} min left",  # noqa: E501
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 # --- eval, publish, rollback, releases -------------------------------------------------------------------------------
 
 
@@ -232,35 +166,60 @@ def _releases(options: argparse.Namespace) -> Path:
         return Path(options.releases)
     from bot.settings import Settings
 
-    return Settings().data_dir() / "releases"
+    return Settings().releases_dir()
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from finetune.evaluate import evaluate
+    from finetune.cases import parse_case_files, parse_urls
     from finetune.gate import load_gate
-    from finetune.publish import current_model
 
-    urls = _urls(options.url)
-    if options.cases is not None and not (options.serve or "candidate" in urls):
-        raise MerchantError("--cases needs --serve, or --url candidate=ws://… of a server that runs the candidate")
     forbidden = _lines(options.forbid) if options.forbid else []
     gate = load_gate(options.gate)
     run = options.run_folder
     try:
-        store = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]["store"]
+        head = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        store, task, base = head["config"]["store"], head["config"].get("task"), head["base"]
     except (OSError, ValueError, KeyError):
-        store = None  # said by `evaluate`, in its own words
+        store, task, base = None, None, ""  # said by `evaluate`, in its own words
+    if task == "classify":
+        from finetune.classify import evaluate_classifier
+
+        _print(evaluate_classifier(run), options.json, _classifier_lines)
+        return 0
+    cases = parse_case_files(options.cases, Path(store) if store else None)
+    urls = parse_urls(options.url, [file.label for file in cases])
+    if missing := [c.label for c in cases if not options.serve and ("candidate", c.label) not in urls]:
+        url = f"--url candidate@{missing[0]}=ws://…"
+        raise MerchantError(f"--cases {missing[0]} needs --serve, or {url} of a server that runs the candidate")
+    from finetune.evaluate import evaluate  # what is wrong with the options is said before torch is loaded
+    from finetune.publish import rival_model
+
     search, prompt_store, close = _search_of(Path(store)) if store else (None, None, lambda: None)
     try:
         found = evaluate(
-            run, current=current_model(_releases(options)), search=search, store=prompt_store, gate=gate,
-            cases=options.cases, urls=urls, serve=options.serve, n_samples=options.samples,
-            max_new_tokens=options.max_new_tokens, forbidden=forbidden, tell=lambda t: print(t, file=sys.stderr),
+            run, current=rival_model(_releases(options), base), search=search, store=prompt_store, gate=gate,
+            cases=cases, urls=urls, serve=options.serve, direct=options.direct == "on",
+            concurrency=options.concurrency, n_samples=options.samples, max_new_tokens=options.max_new_tokens,
+            forbidden=forbidden, tell=lambda t: print(t, file=sys.stderr),
         )  # fmt: skip
     finally:
         close()
     _print(found, options.json, _eval_lines)
     return 0
+
+
+def _classifier_lines(found: dict[str, Any]) -> str:
+    lines = []
+    for name, report in (("classifier", found["candidate"]), *found["others"].items()):
+        macro = report["macro"]
+        lines.append(
+            f"{name}: accuracy {report['accuracy']:.4f}, macro precision {macro['precision']:.4f}, recall {macro['recall']:.4f}, "  # noqa: E501
+            f"F1 {macro['f1']:.4f}; micro F1 {report['micro']['f1']:.4f}, weighted F1 {report['weighted']['f1']:.4f}"
+        )
+    for name, compared in found["against"].items():
+        gain = compared["accuracy_gain"]
+        lines.append(f"accuracy against {name}: {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
+    return "\n".join([*lines, f"report: {found['run']}/eval.html"])
 
 
 def _eval_lines(found: dict[str, Any]) -> str:
@@ -280,16 +239,6 @@ def _eval_lines(found: dict[str, Any]) -> str:
     )
 
 
-def _urls(items: list[str]) -> dict[str, str]:
-    found = {}
-    for item in items:
-        name, equals, url = item.partition("=")
-        if not equals or name not in ("candidate", "base", "current"):
-            raise MerchantError(f"--url: {item!r}; write candidate=ws://HOST:PORT/ws, base=… or current=…")
-        found[name] = url
-    return found
-
-
 def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -300,16 +249,41 @@ def _lines(path: Path) -> list[str]:
 def _publish(options: argparse.Namespace) -> int:
     from finetune.publish import publish
 
-    lineage = publish(options.run_folder, _releases(options))
-    _print(lineage, options.json, lambda r: f"published {r['name']}")
-    return 0
+    if options.wait:
+        readyz_of(options.wait)
+        if options.stage:
+            raise MerchantError("--wait: what is staged is served by no server; leave out one of --stage and --wait")
+    lineage = publish(options.run_folder, _releases(options), options.suffix, stage=options.stage)
+    done = "staged" if options.stage else "published"
+    return _served(lineage, lineage["name"], options, lambda r: f"{done} {r['name']}")
 
 
 def _rollback(options: argparse.Namespace) -> int:
     from finetune.publish import rollback
 
+    if options.wait:
+        readyz_of(options.wait)
     moved = rollback(_releases(options), options.to)
-    _print(moved, options.json, lambda r: f"current release: {r['release'] or 'none, the base model'} (was {r['was']})")
+    return _served(
+        moved,
+        moved["release"],
+        options,
+        lambda r: f"current release: {r['release'] or 'none, so the shipped one'} (was {r['was']})",
+    )
+
+
+def _served(document: dict[str, Any], release: str | None, options: argparse.Namespace, text: Any) -> int:
+    """Print what was done; with --wait once the server serves it. It stays done where the server does not."""
+    failed: NotServed | None = None
+    if options.wait:
+        try:
+            status = wait_until_served(options.wait, release, tell=lambda line: print(line, file=sys.stderr))
+        except NotServed as exc:
+            failed, status = exc, {"state": "failed", "detail": str(exc)}
+        document = document | {"served": {"url": options.wait} | status}
+    _print(document, options.json, text)
+    if failed is not None:
+        raise failed  # status 1, with its reason
     return 0
 
 
@@ -366,7 +340,7 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m finetune", description="Fine-tune on the store's dialogues, prove it, publish it.")
     commands = parser.add_subparsers(
-        required=True, metavar="import|train|eval|publish|rollback|releases", parser_class=_Parser
+        required=True, metavar="import|train|search|classify|eval|publish|rollback|releases|jobs", parser_class=_Parser
     )
 
     c = commands.add_parser("import", help="dialogues in, a masked and split data folder out")
@@ -410,6 +384,9 @@ def _parser() -> argparse.ArgumentParser:
         default="keep",
         help='context: do not learn "I\'ve checked your order"',
     )
+    c.add_argument(
+        "--validation", action="append", type=Path, default=[], metavar="FILE", help="the validation side, instead of a share"
+    )  # fmt: skip
     c.add_argument("--valid", type=_share, default=0.1, metavar="S", help="share for validation (0.1)")
     c.add_argument("--test", type=_share, default=0.1, metavar="S", help="share for the test, the latest (0.1)")
     c.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read instead of refusing all")
@@ -417,53 +394,27 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=0)
     c.set_defaults(run=_import)
 
-    c = commands.add_parser("train", help="a data folder in, a run with trained weights out")
-    c.add_argument("--config", type=Path, metavar="FILE", help="knobs in TOML, YAML or JSON; flags win over it")
-    c.add_argument("--run", dest="run_folder", type=Path, required=True, metavar="DIR", help="the run's folder")
-    c.add_argument("--data", type=Path, metavar="DIR", help="a folder of `import`")
-    c.add_argument("--base", metavar="NAME", help="catalog name or model folder; the default model")
-    c.add_argument(
-        "--store", type=Path, metavar="DIR", help="put this store's passages into the prompts, as in serving"
-    )
-    c.add_argument("--method", choices=("lora", "adalora", "ia3", "prefix", "prompt", "full"))
-    for name, kind in (
-        ("rank", int),
-        ("alpha", float),
-        ("lr", float),
-        ("epochs", float),
-        ("max-steps", int),
-        ("max-tokens", int),
-        ("row-tokens", int),
-        ("batch-tokens", int),
-        ("eval-every", int),
-        ("patience", int),
-        ("unanswerable", float),
-        ("threads", int),
-        ("seed", int),
-    ):
-        c.add_argument(f"--{name}", type=kind, metavar="N")
-    c.add_argument("--schedule", choices=("cosine", "linear", "constant"))
-    c.add_argument("--adversarial", choices=("none", "fgm", "freelb"))
-    c.add_argument("--packing", action=argparse.BooleanOptionalAction, default=None)
-    c.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None)
-    c.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, default=None, help="gradient checkpointing"
-    )
-    c.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other knob of docs/finetune.md"
-    )
-    c.add_argument("--resume", action="store_true", help="go on with an interrupted run, exactly")
-    c.add_argument("--dry-run", action="store_true", help="only the estimate: tokens, time, memory")
-    c.add_argument("--publishable", action="store_true", help="refuse a method that no server can serve")
-    c.set_defaults(run=_train)
+    train_cli.add_parsers(commands, main, _search_of)
 
     c = commands.add_parser("eval", help="a run against the base and the current release, and the gate")
     c.add_argument("--run", dest="run_folder", type=Path, required=True, metavar="DIR")
-    c.add_argument("--cases", type=Path, metavar="C.jsonl", help="cases for facts and refusals, through servers")
+    c.add_argument(
+        "--cases",
+        action="append",
+        default=[],
+        metavar="FILE[:STORE]",
+        help="cases for facts and refusals, through servers; of the run's own store, or of STORE; may be repeated",
+    )
     c.add_argument("--serve", action="store_true", help="start a server for each, one after the other, for the cases")
     c.add_argument(
-        "--url", action="append", default=[], metavar="WHO=URL", help="a running server of candidate, base or current"
+        "--url",
+        action="append",
+        default=[],
+        metavar="WHO[@FILE]=URL",
+        help="a running server of candidate, base or current; @FILE, without its ending, for all but the first",
     )
+    c.add_argument("--direct", choices=("on", "off"), default="off", help="on: measure the whole bot, quotes and all")
+    c.add_argument("--concurrency", type=_count, default=4, metavar="N", help="cases asked at a time (4)")
     c.add_argument("--gate", type=Path, metavar="FILE", help="bounds in TOML; docs/finetune.md has the default ones")
     c.add_argument("--samples", type=int, default=32, metavar="N", help="replies to generate (32)")
     c.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
@@ -472,12 +423,18 @@ def _parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("publish", help="make a run that passed the gate the current release")
     c.add_argument("--run", dest="run_folder", type=Path, required=True, metavar="DIR")
+    c.add_argument("--suffix", metavar="TEXT", help="a word of your own in the release's name")
+    c.add_argument("--stage", action="store_true", help="not the current one yet: for replay and ab start")
     c.set_defaults(run=_publish)
     c = commands.add_parser("rollback", help="go back to the release before, or to a named one")
     c.add_argument("--to", metavar="NAME")
     c.set_defaults(run=_rollback)
     c = commands.add_parser("releases", help="what was published")
     c.set_defaults(run=_list_releases)
+    for name in ("publish", "rollback"):
+        commands.choices[name].add_argument(
+            "--wait", metavar="URL", help="until the server there serves it; status 1 with the reason where it does not"
+        )
     for name in ("eval", "publish", "rollback", "releases"):
         commands.choices[name].add_argument(
             "--releases", type=Path, metavar="DIR", help="folder of releases (var/releases)"
@@ -485,7 +442,19 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="exactly one JSON document on stdout")
+    jobs_cli.add_parser(commands)
+    replay_cli.add_parser(commands)
+    ab_cli.add_parser(commands)
+    distill_cli.add_parser(commands, _search_of)
+    ablate_cli.add_parser(commands, _search_of)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
 
 
 def _share(text: str) -> float:

@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bot.errors import MerchantError
 
-MethodName = Literal["lora", "adalora", "ia3", "prefix", "prompt", "full"]
+MethodName = Literal["lora", "adalora", "ia3", "prefix", "prompt", "full", "head"]
+TaskName = Literal["dialogue", "classify"]
+# What may differ when a run is resumed: where it runs and who watches, not what it computes.
+NOT_OF_THE_RESULT = frozenset({"gpus", "fsdp", "device", "wandb"})
 
 
 class RunConfig(BaseModel):
@@ -26,19 +29,40 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str | None = Field(None, description="Catalog name or model folder; the catalog's default where not given.")
-    data: Path = Field(description="A data folder of `python -m finetune import`.")
+    task: TaskName = Field("dialogue", description="To reply as in the dialogues, or to name a text's class.")
+    data: Path = Field(
+        description="A data folder of `python -m finetune import`; to classify: a file of texts and labels, or a folder."
+    )
     store: Path | None = Field(None, description="Store folder: its passages are put into the prompts, as in serving.")
     method: MethodName = Field("lora", description="What is trained.")
+    objective: Literal["sft", "kto", "dpo"] = Field(
+        "sft", description="sft: replies as they were given; kto: from thumbs; dpo: from pairs of replies."
+    )
+    beta: float = Field(0.1, gt=0, le=10, description="KTO, DPO: how much leaving the base model costs.")
 
     rank: int = Field(16, ge=1, le=512, description="Rank of LoRA; of AdaLoRA the mean rank it ends with.")
     alpha: float = Field(32.0, gt=0, description="LoRA's scale.")
     rslora: bool = Field(True, description="Rank-stabilised: divide by the root of the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's first matrix.")
     targets: tuple[str, ...] = Field((), description="Linear layers to adapt; all seven kinds where not given.")
+    from_layer: int = Field(0, ge=0, description="Adapt this layer and those above it only: below no gradient is computed.")
     n_virtual_tokens: int = Field(16, ge=1, le=512, description="Virtual tokens of prefix and prompt tuning.")
 
+    columns: dict[Literal["text", "label"], str] = Field(
+        default_factory=dict, description="To classify: names of the columns; the usual ones where not given."
+    )
+    valid: float = Field(0.1, ge=0, lt=1, description="To classify: share of the texts for validation.")
+    test: float = Field(0.1, ge=0, lt=1, description="To classify: share of the texts that `eval` measures on.")
+    pool: Literal["last", "mean"] = Field("last", description="To classify: the state that the head reads.")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="To classify: balanced lets each class weigh the same, however rare."
+    )
+    skip_bad: bool = Field(False, description="To classify: leave out rows that cannot be read.")
+
     lr: float | None = Field(None, gt=0, description="Learning rate; the method's usual one where not given.")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How AdamW's learning rate goes on after the warm-up."
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -48,7 +72,13 @@ class RunConfig(BaseModel):
     max_tokens: int = Field(1024, ge=32, description="Longest example; longer ones lose their oldest turns, whole.")
     row_tokens: int = Field(2048, ge=32, description="Tokens in one forward pass.")
     batch_tokens: int = Field(8192, ge=32, description="Tokens in one optimizer step, over several passes.")
+    batch_examples: int | None = Field(
+        None, ge=1, description="Examples in one optimizer step, in the place of `batch_tokens`."
+    )
     packing: bool = Field(True, description="Several examples in one row, none seeing another; else padded rows.")
+    shared_prefixes: bool = Field(
+        False, description="Neighbouring examples that begin alike (several questions on the same passages) share it."
+    )
     gradient_checkpointing: bool = False
     bf16: bool = Field(True, description="Weights and products in bfloat16; the trained ones are kept in float32.")
 
@@ -67,8 +97,23 @@ class RunConfig(BaseModel):
     )
     ungrounded: Literal["drop", "keep"] = Field("drop", description="Replies with figures that no passage holds.")
 
-    threads: int = Field(0, ge=0, description="CPU threads; 0: those there are.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    gpus: int = Field(
+        1, ge=1, le=1024, description="Processes, one a GPU; on a machine without one they share the CPU."
+    )
+    fsdp: bool = Field(False, description="Shard the weights over the processes; else each holds them all.")
+    wandb: str | None = Field(None, min_length=1, description="Project at Weights & Biases that watches the run.")
+
+    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: those there are.")
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_of_the_task(cls, values: Any) -> Any:
+        # A text is a tenth of a dialogue and teaches one label: smaller steps, or an epoch would be a handful of them.
+        if isinstance(values, dict) and values.get("task") == "classify":
+            return {"max_tokens": 256, "row_tokens": 1024, "batch_tokens": 1024, "epochs": 3.0} | values
+        return values
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
@@ -78,8 +123,26 @@ class RunConfig(BaseModel):
             raise ValueError("batch_tokens is below row_tokens: a step is at least one row")
         if self.method == "prefix" and self.gradient_checkpointing:
             raise ValueError("prefix tuning keeps its tokens in the cache that gradient checkpointing turns off")
+        if self.shared_prefixes and self.adversarial != "none":
+            raise ValueError("adversarial training disturbs conversations one by one; shared_prefixes joins them")
         if self.method in ("prefix", "prompt") and self.adversarial != "none":
             raise ValueError(f"adversarial training disturbs embeddings; {self.method} tuning has its own there")
+        if self.task == "classify" and self.method in ("adalora", "prefix", "prompt"):
+            raise ValueError(f"method {self.method} trains dialogues; to classify take lora, ia3, full or head")
+        if self.objective != "sft" and (self.task, self.method) != ("dialogue", "lora"):
+            raise ValueError(f"objective {self.objective} compares with the adapter off: task dialogue, method lora")
+        if self.objective != "sft" and (self.gpus > 1 or self.adversarial != "none" or self.shared_prefixes):
+            raise ValueError(f"objective {self.objective} goes with neither gpus, adversarial nor shared_prefixes")
+        if self.task == "classify" and self.store is not None:
+            raise ValueError("store: passages are put into dialogues' prompts; to classify leave it out")
+        if self.method == "head" and self.task != "classify":
+            raise ValueError("method head trains a classifier's last layer: add task classify")
+        if self.method == "head" and (self.gpus > 1 or self.adversarial != "none"):
+            raise ValueError("method head reads each text once and keeps what it read: one process, not adversarial")
+        if self.valid + self.test >= 0.9:
+            raise ValueError("valid and test: fractions whose sum is below 0.9")
+        if self.fsdp and (self.gpus < 2 or self.task == "classify" or self.method == "adalora"):
+            raise ValueError("fsdp shards a dialogue model over two processes or more (gpus), not with adalora")
         return self
 
     @property
@@ -90,8 +153,34 @@ class RunConfig(BaseModel):
     @property
     def learning_rate(self) -> float:
         # LoRA's optimum is about ten times that of full tuning (Schulman et al. 2025, "LoRA Without Regret").
-        usual = {"lora": 2e-4, "adalora": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 2e-5}
+        usual = {"lora": 2e-4, "adalora": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 2e-5, "head": 1e-3}
+        if self.objective != "sft" and self.lr is None:
+            return 2e-5  # preferences move a model that answers already: a tenth of what teaches it to
         return self.lr if self.lr is not None else usual[self.method]
+
+
+def read_knobs(path: Path) -> dict[str, Any]:
+    """
+    Return the table in a TOML, YAML or JSON file.
+
+    Raises:
+        MerchantError: unreadable, or no table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() in (".yaml", ".yml"):
+            import yaml
+
+            raw = yaml.safe_load(text)
+        else:
+            raw = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as exc:
+        raise MerchantError(f"{path}: {exc}") from None
+    except Exception as exc:  # yaml.YAMLError, known only where yaml is
+        raise MerchantError(f"{path}: {' '.join(str(exc).split())}") from None
+    if not isinstance(raw, dict):
+        raise MerchantError(f'{path}: should hold one table of knobs, for instance method = "lora"')
+    return raw
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -101,22 +190,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         MerchantError: unreadable, an unknown knob, a value out of range, or two that do not go together.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix.lower() in (".yaml", ".yml"):
-                import yaml
-
-                raw = yaml.safe_load(text)
-            else:
-                raw = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-        except (OSError, ValueError) as exc:
-            raise MerchantError(f"{path}: {exc}") from None
-        except Exception as exc:  # yaml.YAMLError, known only where yaml is
-            raise MerchantError(f"{path}: {' '.join(str(exc).split())}") from None
-        if not isinstance(raw, dict):
-            raise MerchantError(f'{path}: should hold one table of knobs, for instance method = "lora"')
+    raw = read_knobs(path) if path is not None else {}
     values = {**raw, **{k: v for k, v in overrides.items() if v is not None}}
     try:
         return RunConfig(**values)

@@ -11,11 +11,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bot.errors import MerchantError
 from finetune.dialogues import Dialogue, parse_dialogue
 from finetune.importing import FORMAT_VERSION, MANIFEST, SPLITS
 from finetune.pii import compact_values, residual
+
+# The format of a folder whose files hold conversations as they are trained on, passages and all (examples/recipe).
+RENDERED = "rendered-1"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Data:
     folder: Path
     sha256: str  # of the manifest's files: names this data in every run and release
     splits: dict[str, list[Dialogue]]
+    rendered: bool = False  # the files hold conversations, `splits` nothing
+    lineage: dict[str, Any] | None = None  # how it was made of other data: the teacher, what was dropped
 
 
 def load_data(folder: Path) -> Data:
@@ -44,6 +50,10 @@ def load_data(folder: Path) -> Data:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise MerchantError(f"{path}: not readable ({exc}); import the data again") from None
+    if version == RENDERED:
+        for split in SPLITS:
+            _check_rendered(folder / f"{split}.jsonl", files)
+        return Data(folder, str(manifest["data_sha256"]), {split: [] for split in SPLITS}, rendered=True)
     if version != FORMAT_VERSION:
         raise MerchantError(f"{path}: written by another version of this program; import the data again")
     if masked is not True:
@@ -52,16 +62,34 @@ def load_data(folder: Path) -> Data:
     splits = {split: _load(folder / f"{split}.jsonl", files, keep) for split in SPLITS}
     if not splits["train"]:
         raise MerchantError(f"{folder / 'train.jsonl'}: no dialogues to train on")
-    return Data(folder, str(manifest["data_sha256"]), splits)
+    return Data(folder, str(manifest["data_sha256"]), splits, lineage=manifest.get("lineage"))
 
 
-def _load(path: Path, files: dict[str, dict[str, str]], keep: frozenset[str]) -> list[Dialogue]:
+def _read(path: Path, files: dict[str, dict[str, str]]) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as exc:
         raise MerchantError(f"{path}: cannot be read ({exc}); import the data again") from None
     if hashlib.sha256(raw).hexdigest() != files.get(path.name, {}).get("sha256"):
         raise MerchantError(f"{path}: changed since its import (sha256 differs); import the data again")
+    return raw
+
+
+def _check_rendered(path: Path, files: dict[str, dict[str, str]]) -> None:
+    """A store's passages hold its own numbers and addresses, so only the shape is looked at."""
+    for number, line in enumerate(_read(path, files).decode("utf-8").splitlines(), 1):
+        try:
+            raw = json.loads(line)
+            whole = len(raw["learn"]) == len(raw["messages"]) and isinstance(raw["kind"], str)
+            whole = whole and all(isinstance(c, str) and isinstance(r, str) for r, c in raw["messages"])
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise MerchantError(f"{path}:{number}: no rendered conversation; make the data again")
+
+
+def _load(path: Path, files: dict[str, dict[str, str]], keep: frozenset[str]) -> list[Dialogue]:
+    raw = _read(path, files)
     dialogues = []
     for number, line in enumerate(raw.decode("utf-8").splitlines(), 1):
         source = f"{path}:{number}"

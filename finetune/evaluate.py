@@ -11,19 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +24,10 @@ from typing import Any
 import torch
 
 from bot.catalog import resolve_model
-from bot.errors import BotError, MerchantError
+from bot.errors import MerchantError
 from bot.messages import Message
 from bot.prompt import PromptStore
+from finetune.cases import CaseFile, report_cases, run_cases, served
 from finetune.config import RunConfig
 from finetune.data import load_data
 from finetune.examples import Example, ExampleTooLong, label_conversation
@@ -55,20 +49,9 @@ from finetune.train import folder_hash, read_conversations, write_conversations
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
+GAINS = ("fact_gain", "refusal_gain")
 _CONTROL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|</?think>")
 Tell = Callable[[str], None]
-
-
-class ServerFailed(BotError):
-    """A server that was started for the cases did not come up or fell over; its last words are in the sentence."""
-
-    def __init__(self, what: str, words: str) -> None:
-        super().__init__(what, words)
-        self.what, self.words = what, words
-
-    def __str__(self) -> str:
-        return f"the server of {self.what}: {self.words}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,6 @@ class Contestant:
     name: str  # "candidate", "base", "current"
     base: Path
     adapter: Path | None  # None: the folder `base` is all of it
-    url: str | None = None  # of a server that runs it
 
 
 @dataclass
@@ -98,9 +80,11 @@ def evaluate(
     search: Search | None = None,
     store: PromptStore | None = None,
     gate: Gate | None = None,
-    cases: Path | None = None,
-    urls: dict[str, str] | None = None,
+    cases: Sequence[CaseFile] = (),
+    urls: Mapping[tuple[str, str], str] | None = None,
     serve: bool = False,
+    direct: bool = False,
+    concurrency: int = 4,
     n_samples: int = 32,
     max_new_tokens: int = 96,
     forbidden: Sequence[str] = (),
@@ -109,12 +93,13 @@ def evaluate(
     """
     Measure, judge, write eval.json and eval.html into `run`, and return the former. Blocks for minutes.
 
-    `current` is (name, model folder) of the current release. `cases` are run where `urls` names a server, or `serve`
-    starts one, for "candidate" and at least one of "base" and "current".
+    `current` is (name, model folder) of the current release. `cases` are run where `urls` names a server of a
+    contestant and a file's label, or `serve` starts one; `concurrency` of them at a time. `direct`: the whole bot is
+    measured instead of its model.
 
     Raises:
         MerchantError: no finished run, its result was changed, or there is nothing to measure on.
-        ServerFailed: a started server did not come up.
+        ServerFailed: a started server did not come up, or a running one did not answer.
     """
     head, result = finished(run)
     config = RunConfig(**head["config"])
@@ -136,25 +121,35 @@ def evaluate(
     examples = labelled(held_out, tokenizer, config)
     if not examples:
         raise MerchantError(f"{config.data / 'test.jsonl'}: no dialogue to measure on; import with --test above 0")
-    prompts = _prompts(held_out)[:n_samples]
+    prompts = first_replies(held_out)[:n_samples]
 
     # 2) Each contestant on all of them.
     measured: dict[str, Measured] = {}
     for contestant in contestants:
-        tell(f"{contestant.name}: perplexity of {len(examples)} dialogues, {len(prompts)} replies")
-        measured[contestant.name] = _measure(
-            contestant, config, tokenizer, examples, prompts, max_new_tokens, forbidden
-        )
-    facts = _facts(contestants, cases, urls or {}, serve, config, run, tell) if cases else {}
+        own, comparable = tokenizer, examples
+        if contestant.name == "current":
+            # It may be of another base: its tokens are others then, and a perplexity over them compares nothing.
+            own = HfTokenizer(contestant.base)
+            comparable = examples if own.inner.get_vocab() == tokenizer.inner.get_vocab() else []
+        tell(f"{contestant.name}: perplexity of {len(comparable)} dialogues, {len(prompts)} replies")
+        measured[contestant.name] = measure(contestant, config, own, comparable, prompts, max_new_tokens, forbidden)
+    asked = _run_all_cases(
+        contestants, cases, urls or {}, run, serve=serve, direct=direct, concurrency=concurrency, tell=tell
+    )
 
     # 3) The candidate against each other one, pair by pair.
     against = {}
     for name in measured:
         if name != "candidate":
-            against[name] = _compare(
-                measured["candidate"], measured[name], prompts, facts.get("candidate"), facts.get(name)
-            )
-    figures = {name: m.figures | (facts[name]["figures"] if name in facts else {}) for name, m in measured.items()}
+            against[name] = _compare(measured["candidate"], measured[name], prompts)
+    figures = {name: dict(m.figures) for name, m in measured.items()}
+    for n, (label, of_file) in enumerate(asked.items()):
+        # The accuracies once more where a release's lineage looks: the first file's under their own names.
+        suffix = f"[{label}]" if n else ""
+        for name, found in of_file["contestants"].items():
+            figures[name] |= {f"{f}{suffix}": found[f] for f in ("fact_accuracy", "refusal_accuracy", "by_language")}
+        for name, gains in of_file["against"].items():
+            against[name] |= {f"{gain}{suffix}": gains[gain] for gain in GAINS if gain in gains}
     evaluation: dict[str, Any] = {
         "run": str(run),
         "result_sha256": result["sha256"],
@@ -166,6 +161,7 @@ def evaluate(
         "candidate": figures.pop("candidate"),
         "others": figures,
         "against": against,
+        "cases": asked,
         "samples": [
             {
                 "question": p.messages[-1].content,
@@ -238,7 +234,7 @@ def labelled(held_out: Sequence[Conversation], tokenizer: HfTokenizer, config: R
     return [e for e in examples if e.n_learned]
 
 
-def _prompts(held_out: Sequence[Conversation]) -> list[Prompt]:
+def first_replies(held_out: Sequence[Conversation]) -> list[Prompt]:
     """The first learned reply of each conversation: every conversation counts once, short or long."""
     found = []
     for c in held_out:
@@ -251,7 +247,7 @@ def _prompts(held_out: Sequence[Conversation]) -> list[Prompt]:
 # --- In this process -------------------------------------------------------------------------------------------------
 
 
-def _measure(
+def measure(
     contestant: Contestant, config: RunConfig, tokenizer: HfTokenizer, examples: Sequence[Example],
     prompts: Sequence[Prompt], max_new_tokens: int, forbidden: Sequence[str],
 ) -> Measured:  # fmt: skip
@@ -307,7 +303,7 @@ def _figures(
     said = [_is_forbidden(r, p, forbidden) for r, p in zip(replies, prompts, strict=True)]
     lengths = (statistics.median(map(len, replies)), statistics.median(map(len, humans))) if replies else (0, 0)
     return {
-        "perplexity": round(float(torch.tensor(total / n).exp()), 4),
+        "perplexity": round(float(torch.tensor(total / n).exp()), 4) if n else None,
         "n_learned": n,
         "bleu": {
             lang: round(bleu([replies[i] for i in at], [humans[i] for i in at], lang), 2)
@@ -351,11 +347,11 @@ def _ungrounded(replies: Sequence[str], prompts: Sequence[Prompt]) -> float | No
     return round(statistics.fmean(wrong), 4)
 
 
-def _compare(
-    new: Measured, old: Measured, prompts: Sequence[Prompt], facts: dict[str, Any] | None, other: dict[str, Any] | None
-) -> dict[str, Any]:
+def _compare(new: Measured, old: Measured, prompts: Sequence[Prompt]) -> dict[str, Any]:
     humans = [p.reply for p in prompts]
-    found: dict[str, Any] = {"perplexity_change": asdict(paired_perplexity(new.losses, old.losses))}
+    found: dict[str, Any] = {}
+    if len(new.losses) == len(old.losses):
+        found["perplexity_change"] = asdict(paired_perplexity(new.losses, old.losses))
     for name, score in (("rouge_l_gain", rouge_l), ("chrf_gain", sentence_chrf)):
         found[name] = asdict(
             paired_difference(
@@ -363,104 +359,54 @@ def _compare(
                 [score(r, h) for r, h in zip(old.replies, humans, strict=True)],
             )
         )
-    if facts and other:
-        ids = [i for i in facts["by_case"] if i in other["by_case"]]
-        gain = paired_difference([facts["by_case"][i] for i in ids], [other["by_case"][i] for i in ids])
-        found["fact_gain"] = asdict(gain)
     return found
 
 
 # --- Through servers -------------------------------------------------------------------------------------------------
 
 
-def _facts(
-    contestants: Sequence[Contestant], cases: Path | None, urls: dict[str, str], serve: bool, config: RunConfig,
-    run: Path, tell: Tell,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return figures and per-case fact shares of each contestant that has a server."""
-    assert cases is not None
-    found = {}
-    for contestant in contestants:
-        if contestant.name in urls:
-            tell(f"{contestant.name}: cases at {urls[contestant.name]}")
-            found[contestant.name] = _run_cases(cases, urls[contestant.name])
-        elif serve:
-            tell(f"{contestant.name}: starting a server for the cases")
-            with tempfile.TemporaryDirectory(dir=run) as temporary:
-                folder = contestant.base
-                if contestant.adapter is not None:
-                    folder = Path(temporary) / "merged"
-                    merge(contestant.base, contestant.adapter, folder)
-                with _server(contestant.name, folder, config.store, Path(temporary)) as url:
-                    found[contestant.name] = _run_cases(cases, url)
-    return found
+def _run_all_cases(
+    contestants: Sequence[Contestant], files: Sequence[CaseFile], urls: Mapping[tuple[str, str], str], run: Path, *,
+    serve: bool, direct: bool, concurrency: int, tell: Tell,
+) -> dict[str, Any]:  # fmt: skip
+    """Return eval.json's `cases`: every file by every contestant that has a server; one server runs at a time."""
+    results: dict[str, dict[str, Any]] = {file.label: {} for file in files}
 
-
-def _run_cases(cases: Path, url: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bot", "eval", "--url", url, "--cases", str(cases), "--json"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise MerchantError(
-            (ran.stderr.strip().splitlines() or ["the cases could not be run"])[-1].removeprefix("error: ")
+    def ask(contestant: Contestant, file: CaseFile, url: str) -> None:
+        tell(f"{contestant.name}: cases {file.label} at {url}")
+        results[file.label][contestant.name] = run_cases(
+            contestant.name, file, url, direct=direct, concurrency=concurrency
         )
-    report = json.loads(ran.stdout)
-    failed = {f["id"]: f for f in report["failures"]}
-    by_case = {}
-    for line in cases.read_text(encoding="utf-8-sig").splitlines():
-        if line.strip():
-            case = json.loads(line)
-            if wanted := case.get("must_include"):
-                f = failed.get(case["id"], {"missing": [], "forbidden": []})
-                by_case[case["id"]] = 0.0 if f["forbidden"] else 1 - len(f["missing"]) / len(wanted)
-    names = ("fact_accuracy", "refusal_accuracy", "by_language", "e2e_ms_p50", "ttft_ms_p50")
-    return {"figures": {name: report.get(name) for name in names}, "by_case": by_case}
 
-
-@contextmanager
-def _server(what: str, model: Path, store: Path | None, folder: Path) -> Any:
-    """Run serve.py with `model`, every answer generated, until the block ends."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        str(ROOT / "serve.py"),
-        "--port",
-        str(port),
-        "--engine",
-        "vllm",
-        "--model",
-        str(model),
-        "--direct",
-        "off",
-        "--data",
-        str(folder / "var"),
-    ]
-    log = (folder / "server.log").open("w", encoding="utf-8")
-    process = subprocess.Popen(
-        [*command, *(["--store", str(store)] if store else [])],
-        cwd=ROOT,
-        stdout=log,
-        stderr=log,
-        env={**os.environ, "ZHANGGUI_ASKS_PER_MINUTE": "10000"},
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    words = (folder / "server.log").read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no word"]
-                    raise ServerFailed(what, words[0]) from None
-                time.sleep(1)
-        yield f"ws://127.0.0.1:{port}/ws"
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        log.close()
+    for contestant in contestants:
+        left = []
+        for file in files:
+            if (url := urls.get((contestant.name, file.label))) is not None:
+                ask(contestant, file, url)
+            else:
+                left.append(file)
+        if not serve or not left:
+            continue
+        with tempfile.TemporaryDirectory(dir=run, prefix=".serving-") as temporary:
+            model = contestant.base
+            if contestant.adapter is not None:
+                model = Path(temporary) / contestant.name
+                merge(contestant.base, contestant.adapter, model)
+            for store in dict.fromkeys(file.store for file in left):
+                tell(f"{contestant.name}: starting a server of {store or 'the demo store'}")
+                folder = Path(temporary) / f"server-{len(list(Path(temporary).iterdir()))}"
+                folder.mkdir()
+                with served(contestant.name, model, store, folder, direct=direct) as url:
+                    for file in left:
+                        if file.store == store:
+                            ask(contestant, file, url)
+    for label, found in results.items():
+        stamps = {n: (r["figures"]["release"] or {}).get("model") for n, r in found.items() if (n, label) in urls}
+        same = [n for n, stamp in stamps.items() if stamp == stamps.get("candidate")]
+        if len(same) > 1:
+            raise MerchantError(
+                f"--url: the servers of {' and '.join(same)} answer with one model, {stamps[same[0]]!r}"
+            )
+    return {
+        file.label: report_cases(file, results[file.label], direct=direct, concurrency=concurrency) for file in files
+    }

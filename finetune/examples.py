@@ -54,6 +54,8 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    # Lengths of a common beginning and of what follows it, each apart from the others; empty: one plain sequence.
+    branches: tuple[int, ...] = ()
 
     @property
     def n_learned(self) -> int:
@@ -150,29 +152,84 @@ def _without_oldest(messages: Sequence[Message], learn: Sequence[bool]) -> tuple
     return [messages[i] for i in keep], [learn[i] for i in keep]
 
 
+def share_prefixes(examples: Sequence[Example], max_tokens: int, least: int = 64) -> list[Example]:
+    """
+    Return `examples` with neighbours that begin alike joined, so that what they share is computed once.
+
+    Several questions on the same passages cost little more than one that way. The result trains the same: each branch
+    sees the beginning and itself (finetune/modeling.py), with the positions it has alone. Joined are neighbours whose
+    first `least` tokens or more are equal and not learned, as long as the whole has at most `max_tokens`.
+    """
+    joined: list[Example] = []
+    family: list[Example] = []
+    shared = size = 0  # of the family: tokens in common, and of the whole
+    for example in examples:
+        if family:
+            common = min(shared, _common(family[0], example))
+            whole = common + sum(len(e.input_ids) - common for e in (*family, example))
+            # Not with one that shares less than the family does (the shop's first words, say) and would cost it more.
+            if common >= least and whole <= max_tokens and whole < size + len(example.input_ids):
+                family.append(example)
+                shared, size = common, whole
+                continue
+            joined.append(_family(family, shared))
+        family, shared, size = [example], len(example.input_ids), len(example.input_ids)
+    return [*joined, _family(family, shared)] if family else joined
+
+
+def _common(one: Example, other: Example) -> int:
+    """Return how many first tokens two examples share unlearned; each keeps one unlearned token of its own."""
+    n = 0
+    for a, b, label_a, label_b in zip(one.input_ids, other.input_ids, one.labels, other.labels, strict=False):
+        if a != b or label_a != IGNORE or label_b != IGNORE:
+            break
+        n += 1
+    # What predicts a branch's first token stands in the beginning, so that token must not be learned.
+    while n and not all(n < len(e.labels) and e.labels[n] == IGNORE for e in (one, other)):
+        n -= 1
+    return n
+
+
+def _family(members: Sequence[Example], shared: int) -> Example:
+    if len(members) == 1:
+        return members[0]
+    ids = [*members[0].input_ids[:shared], *(i for e in members for i in e.input_ids[shared:])]
+    labels = [*[IGNORE] * shared, *(label for e in members for label in e.labels[shared:])]
+    return Example(tuple(ids), tuple(labels), (shared, *(len(e.input_ids) - shared for e in members)))
+
+
 # --- Rows and steps --------------------------------------------------------------------------------------------------
 
 Row = tuple[int, ...]  # numbers of the examples in one forward pass
 
 
 def plan_epoch(
-    lengths: Sequence[int], *, row_tokens: int, batch_tokens: int, packing: bool, seed: int, epoch: int
-) -> list[list[Row]]:
+    lengths: Sequence[int], *, row_tokens: int, batch_tokens: int, packing: bool, seed: int, epoch: int,
+    batch_examples: int | None = None,
+) -> list[list[Row]]:  # fmt: skip
     """
     Return the optimizer steps of an epoch, each a list of rows. Every example once; the same for the same arguments.
 
     Packed rows are filled best fit first, longest example first within windows of the shuffled order, so that rows are
     full and steps still mixed. Padded rows hold examples of like length. A row has at most `row_tokens` tokens, padding
-    counted; a step as many rows as stay within `batch_tokens`, and at least one.
+    counted; a step as many rows as stay within `batch_tokens`, and at least one. Or, with `batch_examples`, a step has
+    so many examples, in as many rows as they need.
     """
     rng = random.Random(f"{seed}:{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
+
+    def rows_of(numbers: Sequence[int]) -> list[list[int]]:
+        longest_first = sorted(numbers, key=lambda n: (-lengths[n], n))
+        return _packed(longest_first, lengths, row_tokens) if packing else _padded(longest_first, lengths, row_tokens)
+
+    if batch_examples is not None:
+        batches = [order[at : at + batch_examples] for at in range(0, len(order), batch_examples)]
+        return [[tuple(row) for row in rows_of(batch)] for batch in batches]
     rows: list[list[int]] = []
     # A window holds about eight steps: larger ones pack hardly better, and bring all the long examples together.
     for window in _windows(order, lengths, 8 * batch_tokens):
-        window.sort(key=lambda n: (-lengths[n], n))
-        rows += _packed(window, lengths, row_tokens) if packing else _padded(window, lengths, row_tokens)
+        rows += rows_of(window)
     rng.shuffle(rows)
 
     def size(row: Sequence[int]) -> int:

@@ -102,6 +102,16 @@ def read_file(path: Path, kind: str = "auto", mapping: Mapping_ | None = None) -
 
 
 def _read_json(path: Path, kind: str) -> Iterator[Dialogue | Fault]:
+    for item in read_objects(path):
+        if isinstance(item, Fault):
+            yield item
+        else:
+            number, found = item
+            yield _parse_object(found, f"{path}:{number}", f"{path.stem}-{number}", kind)
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Fault]:
+    """Yield the objects of a JSONL file, or of one JSON array, as (line, object), and its faults."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -109,13 +119,12 @@ def _read_json(path: Path, kind: str) -> Iterator[Dialogue | Fault]:
         return
     items = _array_items(path) if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else _json_lines(path)
     for number, item in items:
-        source = f"{path}:{number}"
         if isinstance(item, Fault):
             yield item
         elif not isinstance(item, dict):
-            yield Fault(source, "line", "not a JSON object", "write one dialogue as {…} a line")
+            yield Fault(f"{path}:{number}", "line", "not a JSON object", "write one as {…} a line")
         else:
-            yield _parse_object(item, source, f"{path.stem}-{number}", kind)
+            yield number, item
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -324,7 +333,20 @@ def _parse_jddc_dev(item: dict[str, Any], source: str, id_: str) -> Dialogue | F
 # --- Logs ------------------------------------------------------------------------------------------------------------
 
 
+def read_table(path: Path) -> Iterator[tuple[int, list[Any]] | Fault]:
+    """
+    Yield the lines of a CSV, TSV or XLSX file as (number, cells), the header first, and its faults.
+
+    UTF-8 or GB18030; the delimiter is told from the header. Without a readable header nothing but faults comes.
+    """
+    yield from _xlsx_table(path) if path.suffix.lower() in (".xlsx", ".xlsm") else _csv_table(path)
+
+
 def _read_csv(path: Path, mapping: Mapping_) -> Iterator[Row | Fault]:
+    yield from _rows(path, _csv_table(path), mapping)
+
+
+def _csv_table(path: Path) -> Iterator[tuple[int, list[Any]] | Fault]:
     encoding = _encoding_of(path)
     if encoding is None:
         yield Fault(f"{path}:1", "encoding", "binary data, or neither UTF-8 nor GB18030", "export the log as UTF-8 CSV")
@@ -362,25 +384,21 @@ def _read_csv(path: Path, mapping: Mapping_) -> Iterator[Row | Fault]:
     except csv.Error as exc:
         yield Fault(f"{path}:1", "header", str(exc), "write the column names in the first line")
         return
+    yield 1, list(header)
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
-
-    def rows() -> Iterator[tuple[int, list[Any]]]:
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as exc:
-                faults.append(Fault(f"{path}:{reader.line_num + 1}", "line", str(exc), "mend the quotes of this line"))
-                continue
-            yield reader.line_num + 1, list(row)
-
-    for found in _rows(path, header, rows(), mapping):
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            yield from faults
+            return
+        except csv.Error as exc:
+            faults.append(Fault(f"{path}:{reader.line_num + 1}", "line", str(exc), "mend the quotes of this line"))
+            continue
         yield from faults
         faults.clear()
-        yield found
-    yield from faults
+        yield reader.line_num + 1, list(row)
 
 
 def _encoding_of(path: Path) -> str | None:
@@ -408,8 +426,13 @@ def _encoding_of(path: Path) -> str | None:
 
 
 def _rows(
-    path: Path, header: list[Any], rows: Iterator[tuple[int, list[Any]]], mapping: Mapping_
+    path: Path, table: Iterator[tuple[int, list[Any]] | Fault], mapping: Mapping_
 ) -> Iterator[Row | Fault]:
+    first = next(table, (1, []))
+    if isinstance(first, Fault):
+        yield first
+        return
+    header = first[1]
     names = [str(h or "").strip() for h in header]
     places: dict[str, int] = {}
     for what, usual in _COLUMNS.items():
@@ -439,7 +462,11 @@ def _rows(
         place = places.get(what, -1)
         return row[place] if 0 <= place < len(row) else None
 
-    for number, row in rows:
+    for found in table:
+        if isinstance(found, Fault):
+            yield found
+            continue
+        number, row = found
         if not any(str(c or "").strip() for c in row):
             continue
         source = f"{path}:{number}"
@@ -469,6 +496,10 @@ def _rows(
 
 
 def _read_xlsx(path: Path, mapping: Mapping_) -> Iterator[Row | Fault]:
+    yield from _rows(path, _xlsx_table(path), mapping)
+
+
+def _xlsx_table(path: Path) -> Iterator[tuple[int, list[Any]] | Fault]:
     import zipfile
 
     import openpyxl
@@ -483,9 +514,7 @@ def _read_xlsx(path: Path, mapping: Mapping_) -> Iterator[Row | Fault]:
         return
     with closing(book):
         sheet = book.worksheets[0]
-        rows = ((n, list(row)) for n, row in enumerate(sheet.iter_rows(values_only=True), 1))
-        header = next(rows, (1, []))[1]
-        yield from _rows(path, header, rows, mapping)
+        yield from ((n, list(row)) for n, row in enumerate(sheet.iter_rows(values_only=True), 1))
 
 
 # --- This server's own conversations ---------------------------------------------------------------------------------

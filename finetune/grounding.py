@@ -53,7 +53,7 @@ REFUSALS: dict[Language, tuple[str, ...]] = {
     ),
     "en": (
         "Sorry, I don't know: our store's information doesn't say. Shall I get a human agent?",
-        "I'm afraid that isn't in the information I have, so I'd rather not guess. A human agent can tell you.",
+        "I'm afraid the store's information doesn't say, so I'd rather not guess. A human agent can tell you.",
         "I don't know that one, sorry. Would you like me to pass you to a human agent?",
     ),
 }

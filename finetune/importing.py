@@ -64,6 +64,7 @@ class ImportConfig:
     macro: int = 0  # a reply in so many dialogues is a macro, learned `keep_macro` times; 0: 1% of them, at least 10
     keep_macro: int = 3
     lookups: str = "keep"
+    validation: tuple[str, ...] = ()  # of `files`, those that are the validation side; the others are not then
     valid: float = 0.1
     test: float = 0.1
     min_chars: int = 2  # of the customer's words in a dialogue
@@ -438,6 +439,7 @@ def _split(stage: _Stage, config: ImportConfig) -> None:
                 c: int(hashlib.sha256(f"{config.seed}:{c}".encode()).hexdigest()[:8], 16) / 2**32 for _, c, _ in rows
             }
             sides = {n: sum(drawn[c] >= b for b in bounds) for n, c, _ in rows}
+        sides.update(dict.fromkeys(_rows_of(stage, config.validation), 1))
         earliest: dict[int, int] = {}
         for n, cluster, _ in rows:
             earliest[cluster] = min(earliest.get(cluster, 2), sides[n])
@@ -449,6 +451,13 @@ def _split(stage: _Stage, config: ImportConfig) -> None:
                 stage.db.execute("UPDATE clean SET split = ? WHERE n = ?", (SPLITS[sides[n]], n))
         stage.add_counts(counts)
         stage.reached("split", 0)
+
+
+def _rows_of(stage: _Stage, files: Collection[str]) -> Iterator[int]:
+    """Yield the numbers of the dialogues that came from `files`."""
+    for n, source in stage.db.execute("SELECT n, source FROM clean"):
+        if source.rpartition(":")[0] in files or source in files:
+            yield n
 
 
 def _utc(at: str) -> float:

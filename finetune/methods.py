@@ -33,6 +33,7 @@ METHODS = {
         Method("adalora", "adapter", "merged", "folded into a plain LoRA of the ranks it found, exactly; then as LoRA"),
         Method("ia3", "merged", "merged", "merged: its factors change every weight"),
         Method("full", "merged", "merged", "the whole model is the result"),
+        Method("head", "evaluate", "evaluate", "a classifier's last layer; `finetune classify` runs it"),
         Method("prefix", "evaluate", "evaluate", "evaluated only: vLLM serves no prefixes; distil it into a LoRA"),
         Method("prompt", "evaluate", "evaluate", "evaluated only: vLLM serves no soft prompts; distil it into a LoRA"),
     )
@@ -49,9 +50,11 @@ def check_servable(config: RunConfig, *, must_serve: bool) -> Method:
         MerchantError: the result is to be served, and cannot be.
     """
     method = METHODS[config.method]
+    if config.task == "classify":
+        method = Method(method.name, "evaluate", "evaluate", "a classifier, which `finetune classify` runs")
     if must_serve and method.cpu == "evaluate":
         raise MerchantError(
-            f"method {method.name!r} cannot be published ({method.how}): use lora, adalora, ia3 or full, or leave out --publishable"  # noqa: E501
+            f"method {method.name!r} cannot be published ({method.how}): use lora, adalora, ia3 or full on dialogues, or leave out --publishable"  # noqa: E501
         )
     return method
 

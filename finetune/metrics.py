@@ -92,6 +92,12 @@ def paired_perplexity(
     return bootstrap(pairs, lambda x: np.exp(x[..., 0].sum(-1) / x[..., 1].sum(-1)) - 1, n_resamples, seed)
 
 
+def paired_ratio(pairs: Sequence[tuple[float, float]], *, n_resamples: int = 2_000, seed: int = 0) -> Interval:
+    """Return sum / sum of (difference, weight) items, the items resampled: a difference of two pooled accuracies."""
+    items = np.asarray(pairs, dtype=float).reshape(-1, 2)
+    return bootstrap(items, lambda x: x[..., 0].sum(-1) / x[..., 1].sum(-1), n_resamples, seed)
+
+
 def bootstrap(items: np.ndarray, statistic: Callable[..., object], n_resamples: int, seed: int) -> Interval:
     """Return `statistic` of the items and the 2.5 and 97.5 percentiles of it over resampled ones."""
     if len(items) == 0:

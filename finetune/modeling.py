@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,15 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 class HfTokenizer:
     """transformers' tokenizer as finetune/examples.py needs it; renders exactly as bot/engines/vllm.py does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, chat: bool = True) -> None:
+        """
+        Raises:
+            MerchantError: `chat`, and there is no chat template.
+        """
         from transformers import AutoTokenizer
 
         self.inner: Any = AutoTokenizer.from_pretrained(folder)
-        if self.inner.chat_template is None:
+        if chat and self.inner.chat_template is None:
             raise MerchantError(f"{folder}: the tokenizer has no chat template; use an instruct model")
         added = {i for i, t in self.inner.added_tokens_decoder.items() if t.special}
         self.end_ids: frozenset[int] = frozenset(self.inner.all_special_ids) | frozenset(added)
@@ -68,20 +72,27 @@ def _packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Sequence[int] | None = None,
+    segments: Sequence[int | torch.Tensor] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment of the row; `segments` are their lengths, which add up to T."""
+    """
+    Causal attention within each segment of the row; `segments` are their lengths, which add up to T.
+
+    A segment of branches is given as its mask, (n, n): what each place sees.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    lengths = list(segments) if segments is not None else [query.shape[2]]
+    parts = list(segments) if segments is not None else [query.shape[2]]
+    lengths = [p if isinstance(p, int) else len(p) for p in parts]
     out = []
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    for q, k, v in pieces:
+    pieces = zip(parts, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    for part, q, k, v in pieces:
         n = q.shape[2]
-        if sliding_window and n > sliding_window:
+        if not isinstance(part, int):
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=part, dropout_p=dropout, scale=scaling))
+        elif sliding_window and n > sliding_window:
             place = torch.arange(n, device=q.device)
             distance = place[:, None] - place[None, :]
             mask = (distance >= 0) & (distance < sliding_window)  # (n, n)
@@ -105,16 +116,41 @@ def _register() -> None:
 # --- Loading and adapting --------------------------------------------------------------------------------------------
 
 
-def load_base(folder: Path, config: RunConfig) -> Any:
-    """Return the base model of `folder`: bfloat16 where only an adapter is trained, float32 where all of it is."""
-    from transformers import AutoModelForCausalLM
+def load_base(folder: Path, config: RunConfig, labels: Sequence[str] = ()) -> Any:
+    """
+    Return the base model of `folder`: bfloat16 where only an adapter is trained, float32 where all of it is.
+
+    With `labels` its head names one of them, and is drawn from torch's seed where the folder holds none; in float32.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     _register()
     dtype = torch.bfloat16 if config.bf16 and config.method != "full" else torch.float32
     attention = PACKED_ATTENTION if config.packs else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    if labels:
+        names = dict(enumerate(labels))
+        with _quiet():  # that the head is new is what a user asks for
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, num_labels=len(names), id2label=names,
+                label2id={label: n for n, label in names.items()},
+            )  # fmt: skip
+        model.score.float()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
@@ -131,6 +167,10 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
         model.enable_input_require_grads()
     if config.method == "full":
         return model
+    if config.method == "head":
+        for name, p in model.named_parameters():
+            p.requires_grad = name.startswith("score.")
+        return model
     have = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     targets = list(config.targets or [t for t in LINEAR if t in have])
     if config.method in ("lora", "adalora", "ia3") and (not targets or not set(targets) <= have):
@@ -138,7 +178,8 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
         raise MerchantError(
             f"targets: the model has no linear layer {missing[0]!r}; there are {', '.join(sorted(have))}"
         )
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
+    task_type = "SEQ_CLS" if config.task == "classify" else "CAUSAL_LM"  # the former trains the head, `score`, as well
+    common: dict[str, Any] = {"task_type": task_type, "base_model_name_or_path": base_name}
     made: Any
     if config.method == "lora":
         made = peft.LoraConfig(
@@ -147,6 +188,7 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
             use_rslora=config.rslora,
             lora_dropout=config.dropout,
             target_modules=targets,
+            layers_to_transform=_layers(model, config),
             **common,
         )
     elif config.method == "adalora":
@@ -175,6 +217,14 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
     return adapted
 
 
+def _layers(model: Any, config: RunConfig) -> list[int] | None:
+    """Return the layers that are adapted, None for all."""
+    n = int(model.config.num_hidden_layers)
+    if config.from_layer >= n:
+        raise MerchantError(f"from_layer: the model has {n} layers, and {config.from_layer} leaves none")
+    return list(range(config.from_layer, n)) if config.from_layer else None
+
+
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -193,7 +243,7 @@ class Inputs:
     input_ids: torch.Tensor  # (1, T) packed, (B, W) padded
     attention_mask: torch.Tensor | None  # (B, W) padded
     position_ids: torch.Tensor | None  # (1, T) packed
-    segments: tuple[int, ...] | None  # packed: the lengths of the conversations
+    segments: tuple[int | torch.Tensor, ...] | None  # packed: the lengths of the conversations, or masks of branches
     at: tuple[torch.Tensor, torch.Tensor]  # (line, place) of what predicts a learned token
     targets: torch.Tensor  # (n_learned,)
     n_tokens: int  # real ones, padding not counted
@@ -222,12 +272,30 @@ def row_inputs(examples: Sequence[Example], row: Row, *, packed: bool, device: s
     at = (tensor(lines), tensor(places))
     if packed:
         ids = [i for e in chosen for i in e.input_ids]
-        positions = [p for n in lengths for p in range(n)]
-        return Inputs(tensor([ids]), None, tensor([positions]), lengths, at, tensor(targets), sum(lengths))
+        positions = [p for e in chosen for p in _positions(e)]
+        segments = tuple(_branch_mask(e.branches, device) if e.branches else len(e.input_ids) for e in chosen)
+        return Inputs(tensor([ids]), None, tensor([positions]), segments, at, tensor(targets), sum(lengths))
+    assert not any(e.branches for e in chosen), "padded rows hold plain sequences"
     width = max(lengths)
     ids_padded = [[*e.input_ids, *[pad_id] * (width - len(e.input_ids))] for e in chosen]
     mask = [[1] * n + [0] * (width - n) for n in lengths]
     return Inputs(tensor(ids_padded), tensor(mask), None, None, at, tensor(targets), sum(lengths))
+
+
+def _positions(example: Example) -> list[int]:
+    if not example.branches:
+        return list(range(len(example.input_ids)))
+    shared, *branches = example.branches
+    return [*range(shared), *(shared + n for length in branches for n in range(length))]
+
+
+def _branch_mask(branches: Sequence[int], device: str) -> torch.Tensor:
+    """Return (n, n), true where a place sees another: the beginning, and what stands before it in its own branch."""
+    # 0 is the beginning, which all see; else the number of the branch.
+    of = torch.repeat_interleave(torch.arange(len(branches), device=device), torch.tensor(branches, device=device))
+    n = len(of)
+    before = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+    return before & ((of[None, :] == 0) | (of[None, :] == of[:, None]))
 
 
 def row_loss(model: Any, inputs: Inputs, config: RunConfig, n_virtual: int = 0) -> torch.Tensor:
@@ -268,13 +336,29 @@ def orthogonality(model: Any) -> torch.Tensor | float:
 # --- Results ---------------------------------------------------------------------------------------------------------
 
 
-def save_result(model: Any, tokenizer: HfTokenizer, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Write what publishing takes into the new `folder`; return what it is. AdaLoRA is folded into a plain LoRA."""
+def save_result(
+    model: Any, tokenizer: HfTokenizer, config: RunConfig, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """
+    Write what publishing takes into the new `folder`; return what it is. AdaLoRA is folded into a plain LoRA.
+
+    `state` holds all weights whole, where the model's own are sharded.
+    """
     folder.mkdir(parents=True)
     if config.method == "full":
-        model.to(torch.bfloat16).save_pretrained(folder)
+        if state is not None:
+            halves = {name: p.to(torch.bfloat16) for name, p in state.items()}
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(folder, state_dict=halves)
+        else:
+            model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.inner.save_pretrained(folder)
         return {"kind": "model"}
+    if config.method == "head":
+        from safetensors.torch import save_file
+
+        save_file({n: p.detach().cpu() for n, p in trainable(model).items()}, folder / "head.safetensors")
+        return {"kind": "head"}
     if config.method == "adalora":
         ranks = fold_adalora(model, folder)
         return {"kind": "adapter", "peft_type": "LORA", "ranks": ranks}
@@ -339,7 +423,12 @@ def load_for_evaluation(base: Path, adapter: Path | None, *, bf16: bool = True) 
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:
-        import peft
-
-        model = peft.PeftModel.from_pretrained(model, str(adapter))
+        model = with_adapter(model, adapter)
     return model.eval()
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Return `model` with a trained adapter of any method on it."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(adapter))

@@ -10,8 +10,8 @@ Releases: what won becomes a new, immutable folder; a pointer says which one is 
         README.md             the model card
         eval.json, eval.html, run.json
 
-Knows files; no server. A name holds the weights' checksum, so the same name is the same weights, which vLLM's caches
-rely on (they are keyed by name and path).
+Knows files; no server: those that run follow the pointer by themselves (`bot/releases.py` reads it). A name holds the
+weights' checksum, so the same name is the same weights, which vLLM's caches rely on (they are keyed by name and path).
 """
 
 from __future__ import annotations
@@ -30,25 +30,38 @@ from typing import Any
 
 from bot.catalog import check_folder, resolve_model
 from bot.errors import MerchantError
-from finetune.evaluate import finished, per_example_losses
+from bot.experiments import FILE as EXPERIMENT_FILE
+from bot.releases import POINTER, default_release, read_pointer, resolve_release
 from finetune.methods import METHODS, buffer_rank
 
 logger = logging.getLogger(__name__)
 
-POINTER = "current.json"
 PARITY = 0.02  # how much the merged weights' perplexity may differ from the adapter's: bfloat16 rounds, errors do more
 
 
 def current(releases: Path) -> str | None:
     """Return the name of the current release, None where there is none."""
-    name: str | None = _pointer(releases)["release"]
-    return name
+    return read_pointer(releases).release
 
 
-def current_model(releases: Path) -> tuple[str, Path] | None:
-    """Return (name, model folder) of the current release."""
-    name = current(releases)
-    return (name, releases / name / "model") if name else None
+def rival(releases: Path, base: str) -> str | None:
+    """
+    Return what a run trained on `base` is compared with: the current release.
+
+    Where nothing is published that is the shipped one, which servers answer with then, if it is of the same base.
+    """
+    if (name := current(releases)) is not None:
+        return name
+    shipped = default_release()
+    return shipped.adapter if shipped.base == base else None
+
+
+def rival_model(releases: Path, base: str) -> tuple[str, Path] | None:
+    """Return (name, model folder) of the rival; the shipped release is merged where it was not yet, for a minute."""
+    name = rival(releases, base)
+    if name is None:
+        return None
+    return name, releases / name / "model" if name == current(releases) else resolve_release(default_release())
 
 
 def listed(releases: Path) -> list[dict[str, Any]]:
@@ -61,30 +74,41 @@ def listed(releases: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (r["published_at"], r["name"]), reverse=True)
 
 
-def publish(run: Path, releases: Path) -> dict[str, Any]:
+def publish(run: Path, releases: Path, suffix: str | None = None, *, stage: bool = False) -> dict[str, Any]:
     """
     Make the result of `run` a release and the current one; return its lineage. Merging takes a minute and disk space.
 
+    With `stage` the current one stays: for a replay or a live experiment (`rollback --to` makes it current as well).
+
     Raises:
-        MerchantError: no evaluation, the gate was not passed, another result was evaluated, the method cannot be
-            served, or the weights did not survive the merge. Nothing was changed.
+        MerchantError: no evaluation, the gate or an offline replay was not passed, another result was evaluated, the
+            method cannot be served, an experiment is running, or the weights did not survive the merge. Nothing was
+            changed.
     """
+    from finetune.evaluate import finished  # torch comes with it, which `rollback` and `ab` need not wait for
+
     head, result = finished(run)
     evaluation = _evaluation(run, result)
+    _check_replay(run, result)
     method = METHODS[result["method"]]
     if method.cpu == "evaluate":
         raise MerchantError(f"{run}: method {method.name!r} cannot be published: {method.how}")
-    name = release_name(head["base"], method.name, result["sha256"])
+    name = release_name(head["base"], method.name, result["sha256"], suffix)
     releases.mkdir(parents=True, exist_ok=True)
-    with _lock(releases):
+    with lock(releases):
+        if not stage and (releases / EXPERIMENT_FILE).exists():
+            raise MerchantError(
+                f"{releases}: an experiment is running, and this would change what it compares with: "
+                "`python -m finetune ab stop` first, or publish --stage"
+            )
         folder = releases / name
         if folder.exists():
             raise MerchantError(
                 f"release {name!r} is published already; `rollback --to {name}` makes it the current one"
             )
-        if evaluation["current"] != current(releases):
+        if evaluation["current"] != (against := rival(releases, head["base"])):
             raise MerchantError(
-                f"the evaluation compared with {evaluation['current'] or 'no release'}, and the current one is {current(releases) or 'none'}: run eval again"  # noqa: E501
+                f"the evaluation compared with {evaluation['current'] or 'no release'}, and the current one is {against or 'none'}: run eval again"  # noqa: E501
             )
         partial = releases / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,7 +125,8 @@ def publish(run: Path, releases: Path) -> dict[str, Any]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _point(releases, name)
+        if not stage:
+            point_to(releases, name)
     return lineage
 
 
@@ -109,14 +134,14 @@ def rollback(releases: Path, to: str | None = None) -> dict[str, Any]:
     """
     Make the release before the current one, or `to`, the current one; return {"release", "was"}. Nothing is deleted.
 
-    Without a release before it the pointer is emptied: servers go back to the base model.
+    Without a release before it the pointer is emptied: servers go back to the release that is shipped.
 
     Raises:
         MerchantError: there is no such release, or none is published.
     """
-    with _lock(releases):
-        pointer = _pointer(releases)
-        was = pointer["release"]
+    with lock(releases):
+        pointer = read_pointer(releases)
+        was = pointer.release
         if was is None and to is None:
             raise MerchantError(f"{releases}: no release is published, so there is nothing to go back from")
         if to is not None and not (releases / to / "release.json").is_file():
@@ -125,17 +150,30 @@ def rollback(releases: Path, to: str | None = None) -> dict[str, Any]:
         if to == was:
             raise MerchantError(f"release {to!r} is the current one already")
         if to is not None:
-            _point(releases, to)
+            point_to(releases, to)
             return {"release": to, "was": was}
-        previous = [n for n in pointer["previous"] if (releases / n / "release.json").is_file()]
+        previous = [n for n in pointer.previous if (releases / n / "release.json").is_file()]
         name = previous[0] if previous else None
         _write_pointer(releases, {"release": name, "previous": previous[1:]})
         return {"release": name, "was": was}
 
 
-def release_name(base: str, method: str, sha256: str) -> str:
+def release_name(base: str, method: str, sha256: str, suffix: str | None = None) -> str:
+    """Return the name of a release: its base, its method, the merchant's word where there is one, its weights."""
+    lineage = Path(base).parent / "release.json"
+    if Path(base).name == "model" and lineage.is_file():  # trained on a release: named after what that one began with
+        base = json.loads(lineage.read_text(encoding="utf-8"))["base"]
     stem = re.sub(r"[^a-z0-9.]+", "-", Path(base).name.lower()).strip("-.") or "model"
-    return f"{stem}-{method}-{sha256[:12]}"
+    word = re.sub(r"[^a-z0-9]+", "-", (suffix or "").lower()).strip("-")[:40]
+    return "-".join(part for part in (stem, method, word, sha256[:12]) if part)
+
+
+def result_name(run: Path, suffix: str | None = None) -> str:
+    """Return what the result of a finished run is called once it is published."""
+    from finetune.evaluate import finished
+
+    head, result = finished(run)
+    return release_name(head["base"], result["method"], result["sha256"], suffix)
 
 
 def _evaluation(run: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +188,18 @@ def _evaluation(run: Path, result: dict[str, Any]) -> dict[str, Any]:
     return evaluation
 
 
+def _check_replay(run: Path, result: dict[str, Any]) -> None:
+    """A replay need not be, but where there is one of this result it must have been passed."""
+    try:
+        replay = json.loads((run / "replay.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as exc:
+        raise MerchantError(f"{run / 'replay.json'}: not readable ({exc}); replay again, or delete it") from None
+    if replay.get("result_sha256") == result["sha256"] and not replay["verdict"]["passed"]:
+        raise MerchantError(f"{run}: the replay was not passed: {'; '.join(replay['verdict']['reasons'])}")
+
+
 def _fill(partial: Path, run: Path, head: dict[str, Any], result: dict[str, Any], method: str) -> None:
     from finetune.modeling import merge
 
@@ -159,7 +209,7 @@ def _fill(partial: Path, run: Path, head: dict[str, Any], result: dict[str, Any]
         merge(resolve_model(head["base"]), run / "result", partial / "model")
         if METHODS[method].cuda == "adapter":
             shutil.copytree(run / "result", partial / "adapter")
-    for name in ("run.json", "eval.json", "eval.html", "curves.png", "mask_proof.txt"):
+    for name in ("run.json", "eval.json", "eval.html", "replay.json", "replay.html", "curves.png", "mask_proof.txt"):
         if (run / name).exists():
             shutil.copy(run / name, partial / name)
 
@@ -167,7 +217,7 @@ def _fill(partial: Path, run: Path, head: dict[str, Any], result: dict[str, Any]
 def _check_parity(run: Path, model: Path, head: dict[str, Any], result: dict[str, Any]) -> None:
     """The released weights must score as the trained ones did: a wrong merge or template shows here, not at a visitor's."""  # noqa: E501
     from finetune.config import RunConfig
-    from finetune.evaluate import labelled, read_held_out
+    from finetune.evaluate import labelled, per_example_losses, read_held_out
     from finetune.modeling import HfTokenizer, load_for_evaluation, virtual_tokens
 
     config = RunConfig(**head["config"])
@@ -198,6 +248,7 @@ def _lineage(
         "method": result["method"],
         "serve": result["serve"],
         "data_sha256": head["data_sha256"],
+        "data_lineage": head.get("data_lineage"),
         "result_sha256": result["sha256"],
         "model_sha256": folder_hash(partial / "model"),
         "prompt_version": head["prompt_version"],
@@ -223,6 +274,15 @@ def _lineage(
     return lineage
 
 
+def _made_by(lineage: dict[str, Any]) -> str:
+    """Name the teachers whose answers are in the data."""
+    steps, at = [], lineage.get("data_lineage")
+    while at:
+        steps.append(f"{at['work']} by {at['teacher']}")
+        at = at.get("before")
+    return f"; {', '.join(reversed(steps))}" if steps else ""
+
+
 def model_card(lineage: dict[str, Any]) -> str:
     """Return README.md of a release."""
     config, metrics = lineage["config"], lineage["metrics"]
@@ -240,7 +300,7 @@ def model_card(lineage: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        f"- data: sha256 {lineage['data_sha256']}, masked of personal data before training",
+        f"- data: sha256 {lineage['data_sha256']}, masked of personal data before training{_made_by(lineage)}",
         f"- {lineage['n_steps']} steps, {lineage['n_tokens']:,} tokens, learning rate {config['lr'] or 'the method' + chr(39) + 's own'}, rank {config['rank']}, seed {config['seed']}",  # noqa: E501
         f"- code {lineage['environment']['commit'] or 'outside of a checkout'}, torch {lineage['environment']['packages']['torch']}, "  # noqa: E501
         f"transformers {lineage['environment']['packages']['transformers']}, peft {lineage['environment']['packages']['peft']}",  # noqa: E501
@@ -265,21 +325,10 @@ def model_card(lineage: dict[str, Any]) -> str:
 # --- The pointer -----------------------------------------------------------------------------------------------------
 
 
-def _pointer(releases: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((releases / POINTER).read_text(encoding="utf-8"))
-        return {"release": raw["release"], "previous": list(raw["previous"])}
-    except FileNotFoundError:
-        return {"release": None, "previous": []}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise MerchantError(
-            f"{releases / POINTER}: not readable ({exc}); delete it, then `rollback --to NAME`"
-        ) from None
-
-
-def _point(releases: Path, name: str) -> None:
-    pointer = _pointer(releases)
-    before = [n for n in (pointer["release"], *pointer["previous"]) if n and n != name]
+def point_to(releases: Path, name: str) -> None:
+    """Make `name` the current release; the caller holds the lock."""
+    pointer = read_pointer(releases)
+    before = [n for n in (pointer.release, *pointer.previous) if n and n != name]
     _write_pointer(releases, {"release": name, "previous": before})
 
 
@@ -293,7 +342,7 @@ def _write_pointer(releases: Path, pointer: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _lock(releases: Path) -> Iterator[None]:
+def lock(releases: Path) -> Iterator[None]:
     """One publisher at a time; the kernel frees the lock when the process dies."""
     releases.mkdir(parents=True, exist_ok=True)
     with (releases / ".lock").open("w") as file:

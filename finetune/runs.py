@@ -13,6 +13,7 @@ A run's folder: its configuration, environment, events, curves and checkpoints. 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,12 +22,28 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bot.errors import MerchantError
+from finetune.config import RunConfig
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "zhanggui")
+
+
+def load_wandb() -> Any:
+    """
+    Return the module, which nothing else here needs.
+
+    Raises:
+        MerchantError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise MerchantError("wandb is not installed: pip install wandb, or leave out --wandb") from None
+    return wandb
 
 
 def environment() -> dict[str, Any]:
@@ -70,11 +87,50 @@ def code_version() -> str | None:
     return run[0] + ("+" if run[1] else "")
 
 
+def write_json(path: Path, document: Any) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def draw_trials(path: Path, document: Mapping[str, Any]) -> None:
+    """Draw the trials of a search.json: each one's validations, and the best of those that ended so far."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = {"complete": "#2b5c9e", "pruned": "#c0a060", "failed": "#999999"}
+    better = max if document["direction"] == "maximise" else min
+    best: list[tuple[int, float]] = []
+    for trial in document["trials"]:
+        found = trial["validations"]
+        left.plot(range(1, len(found) + 1), found, "o-", ms=3, lw=0.9, color=colours[trial["state"]])
+        if found:
+            right.plot([trial["number"]], [found[-1]], "o", color=colours[trial["state"]])
+        if trial["state"] == "complete":
+            value = trial["value"]
+            best.append((trial["number"], better(value, best[-1][1]) if best else value))
+    right.step([n for n, _ in best], [v for _, v in best], where="post", color="#c0392b", label="best so far")
+    for axis, words in ((left, "validation"), (right, "trial")):
+        axis.set_xlabel(words)
+        axis.set_ylabel(document["objective"])
+        axis.grid(alpha=0.3)
+    right.legend()
+    left.set_title("blue: complete, sand: pruned", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 class RunFolder:
     """One run on disk. Events go to events.jsonl at once, so that a killed run shows how far it came."""
 
-    def __init__(self, folder: Path, *, resume: bool) -> None:
+    def __init__(self, folder: Path, *, resume: bool, writes: bool = True) -> None:
         """
+        Open `folder`; of several processes only one `writes`, and the events of the others are lost.
+
         Raises:
             MerchantError: the folder is in use and `resume` is not asked for, or there is nothing to resume.
         """
@@ -87,19 +143,40 @@ class RunFolder:
         if resume and not started:
             raise MerchantError(f"--run {str(folder)!r}: nothing to resume there; leave out --resume")
         folder.mkdir(parents=True, exist_ok=True)
+        self.writes = writes
         self._board: Any = None
+        self._watcher: Any = None
+
+    def watch(self, config: RunConfig) -> None:
+        """
+        Send the run's events to Weights & Biases too, where `config.wandb` names a project. A resumed run goes on there.
+
+        Raises:
+            MerchantError: wandb is not installed, or did not start.
+        """
+        if config.wandb is None or not self.writes:
+            return
+        wandb = load_wandb()
+        key = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        try:
+            self._watcher = wandb.init(
+                project=config.wandb, name=self.folder.name, id=key, resume="allow", dir=str(self.folder),
+                config=json.loads(config.model_dump_json()),
+            )  # fmt: skip
+        except Exception as exc:  # wandb's own errors, known only where it is installed
+            raise MerchantError(f"wandb: {' '.join(str(exc).split())}; WANDB_MODE=offline needs no account") from None
 
     def write_json(self, name: str, document: Any) -> None:
         """Write a file whole or not at all."""
-        path = self.folder / name
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
-        partial.replace(path)
+        if self.writes:
+            write_json(self.folder / name, document)
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def event(self, kind: str, **data: Any) -> None:
+        if not self.writes:
+            return
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": round(time.time(), 3), "kind": kind, **data}, ensure_ascii=False) + "\n")
         step = data.get("step")
@@ -111,6 +188,8 @@ class RunFolder:
             for name, value in data.items():
                 if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._watcher is not None:
+                self._watcher.log({f"{kind}/{k}": v for k, v in data.items() if k != "step"}, step=step)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return the events of a kind; of a step that was made twice, after a resume, the later one."""
@@ -129,6 +208,9 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._watcher is not None:
+            self._watcher.finish()
+            self._watcher = None
 
     # Checkpoints
 

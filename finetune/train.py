@@ -1,9 +1,10 @@
 """
-`train`: one run, from a data folder to trained weights. The order of everything is fixed by the seed.
+`train`: one run, from data to trained weights. The order of everything is fixed by the seed.
 
 A run that was interrupted and resumed ends with the same bits as one that was not, and so does a rerun, on the same CPU
-with the same number of threads and library versions. Knows tokens, steps and files; what a row or a method is, is in
-finetune/modeling.py. An interrupt is answered after the step under way, with a checkpoint.
+with the same number of threads, processes and library versions. Knows tokens, steps and files; what is learned is in
+finetune/objectives.py, what a row or a method is in finetune/modeling.py, several processes in finetune/parallel.py. An
+interrupt is answered after the step under way, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,22 +37,25 @@ from bot.errors import BotError, MerchantError
 from bot.messages import Message
 from bot.prompt import PROMPT_VERSION, PromptStore
 from finetune.adversarial import Disturbance
-from finetune.config import RunConfig
+from finetune.classifier import SETTINGS, Classification, class_example
+from finetune.config import NOT_OF_THE_RESULT, RunConfig
 from finetune.data import Data, load_data
-from finetune.examples import Example, ExampleTooLong, Row, TemplateUnusable, label_conversation, mask_proof, plan_epoch
-from finetune.grounding import NO_STORE, Conversation, Search, conversations
-from finetune.methods import check_servable
-from finetune.modeling import (
-    HfTokenizer,
-    adapt,
-    load_base,
-    orthogonality,
-    row_inputs,
-    row_loss,
-    save_result,
-    trainable,
-    virtual_tokens,
+from finetune.examples import (
+    Example,
+    ExampleTooLong,
+    Row,
+    TemplateUnusable,
+    label_conversation,
+    mask_proof,
+    plan_epoch,
+    share_prefixes,
 )
+from finetune.grounding import NO_STORE, Conversation, Search, conversations
+from finetune.labelled import Texts, load_texts, read_texts, write_texts
+from finetune.methods import check_servable
+from finetune.modeling import HfTokenizer, adapt, load_base, orthogonality, save_result, trainable
+from finetune.objectives import LanguageModel, Objective
+from finetune.parallel import Ranks, deal, device_of, like, shard, sync_on, whole
 from finetune.runs import RunFolder, environment
 
 logger = logging.getLogger(__name__)
@@ -108,9 +112,13 @@ def train(
     dry_run: bool = False,
     publishable: bool = False,
     report: Report = lambda event: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """
     Train as `config` says into `folder` and return result.json; with `dry_run` only the estimate, and nothing is kept.
+
+    Every one of several processes calls it with its `ranks`; the first alone writes and reports, the others return {}.
+    What `report` raises ends the run.
 
     Raises:
         MerchantError: the configuration, the data or the folder cannot be used.
@@ -119,36 +127,50 @@ def train(
     """
     # 1) Everything that can be refused, before anything heavy.
     method = check_servable(config, must_serve=publishable)
-    data = load_data(config.data)
-    run = RunFolder(folder, resume=resume)
+    ranks = ranks or Ranks(device=device_of(config))
+    if not ranks.writes:
+        ranks.wait()  # the first makes the folder, and what it is trained on
+    data = load_texts(config) if config.task == "classify" else load_data(config.data)
+    run = RunFolder(folder, resume=resume or not ranks.writes, writes=ranks.writes)
     try:
         if resume:
-            _check_same(run, config, data)
+            check_same(run, config, data.sha256)
         base_name = config.base or load_catalog().default_name
         base = resolve_model(base_name)
-        torch.set_num_threads(config.threads or _cores())
-        _seed(config.seed)
-        tokenizer = HfTokenizer(base)
+        torch.set_num_threads(config.threads or max(1, cores() // ranks.size))
+        seed_all(config.seed)
+        tokenizer = HfTokenizer(base, chat=config.task != "classify")
 
-        # 2) Conversations, rendered as in serving; kept in the run, so that a resumed one needs no index.
+        # 2) Examples, rendered as in serving; kept in the run, so that a resumed one needs no index.
         counts: Counter[str] = Counter()
-        examples = {
-            split: _examples(run, split, data, config, tokenizer, search, store or NO_STORE, counts)
-            for split in ("train", "valid")
-        }
-        if not examples["train"]:
+        objective: Objective
+        if isinstance(data, Texts):
+            objective, proof = _classification(run, data, config, tokenizer, counts)
+        else:
+            objective, proof = _language_model(run, data, config, tokenizer, search, store or NO_STORE, counts)
+        if not objective.lengths["train"]:
             raise MerchantError(f"no example is left to train on: {dict(counts)}")
-        lengths = [len(e.input_ids) for e in examples["train"]]
-        n_steps = _n_steps(config, lengths)
-        if not resume:
-            run.write_json("run.json", _head(config, data, base_name, base, tokenizer, counts, examples, n_steps))
-            (folder / "mask_proof.txt").write_text(mask_proof(examples["train"], tokenizer.decode), encoding="utf-8")
+        n_steps = _n_steps(config, objective.lengths["train"])
+        if not resume and ranks.writes:
+            run.write_json(
+                "run.json",
+                run_head(config, data.sha256, base_name, base, tokenizer, counts, objective, n_steps)
+                | {"data_lineage": data.lineage if isinstance(data, Data) else None},
+            )
+            (folder / "mask_proof.txt").write_text(proof, encoding="utf-8")
+        if ranks.writes:
+            ranks.wait()
+        run.watch(config)
 
         # 3) The model, and what the run will cost.
-        model = adapt(load_base(base, config), config, n_steps, base_name)
-        trainer = _Trainer(config, run, model, examples, n_steps, tokenizer, report)
+        labels = data.labels if isinstance(data, Texts) else ()
+        model = adapt(load_base(base, config, labels), config, n_steps, base_name)
+        model = shard(model, config, ranks) if config.fsdp else model.to(ranks.device)
+        if ranks.rank:
+            torch.manual_seed(config.seed + ranks.rank)  # equal weights, and dropout of its own
+        trainer = _Trainer(config, run, model, objective, n_steps, report if ranks.writes else _say_nothing, ranks)
         estimate = trainer.estimate()
-        report({"kind": "estimate", **estimate})
+        trainer.report({"kind": "estimate", **estimate})
         if dry_run:
             return estimate
         if not resume:
@@ -157,14 +179,22 @@ def train(
         # 4) Train; then the best weights, not the last ones, are the result.
         if resume:
             trainer.load_checkpoint()
-        with _interrupts() as stop:
+        with interrupts() as stop:
             trainer.run_to_end(stop)
         trainer.load_best()
+        state = {name: whole(p) for name, p in model.state_dict().items()} if config.fsdp else None
+        if not ranks.writes:
+            return {}
         shutil.rmtree(folder / "result", ignore_errors=True)
-        saved = save_result(model, tokenizer, config, folder / "result")
+        saved = save_result(model, tokenizer, config, folder / "result", state)
+        if labels:
+            run.write_json(
+                f"result/{SETTINGS}", {"labels": labels, "pool": config.pool, "max_tokens": config.max_tokens}
+            )
         result = {
             **trainer.summary(),
             **saved,
+            "task": config.task,
             "method": method.name,
             "serve": {"cuda": method.cuda, "cpu": method.cpu, "how": method.how},
             "sha256": folder_hash(folder / "result"),
@@ -175,42 +205,48 @@ def train(
         return result
     finally:
         run.close()
-        if dry_run and not resume:
+        if dry_run and not resume and ranks.writes:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cores() -> int:
+def _say_nothing(event: dict[str, Any]) -> None:
+    return None
+
+
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _check_same(run: RunFolder, config: RunConfig, data: Data) -> None:
+def check_same(run: RunFolder, config: RunConfig, data_sha256: str) -> None:
     head = run.read_json("run.json")
     asked = json.loads(config.model_dump_json())
-    for name, value in asked.items():
-        if head["config"].get(name) != value:
+    # A run of an older version has not got the newer knobs: it was made as their defaults say.
+    began = json.loads(RunConfig(**head["config"]).model_dump_json())
+    for name in asked.keys() - NOT_OF_THE_RESULT:
+        if began[name] != asked[name]:
             raise MerchantError(
-                f"--resume: {name} was {head['config'].get(name)!r} and is {value!r}; a run keeps its configuration"
+                f"--resume: {name} was {began[name]!r} and is {asked[name]!r}; a run keeps its configuration"
             )
-    if head["data_sha256"] != data.sha256:
+    if head["data_sha256"] != data_sha256:
         raise MerchantError(f"--resume: {str(config.data)!r} is other data than the run began with")
 
 
-def _head(
-    config: RunConfig, data: Data, base_name: str, base: Path, tokenizer: HfTokenizer, counts: Counter[str],
-    examples: dict[str, list[Example]], n_steps: int,
+def run_head(
+    config: RunConfig, data_sha256: str, base_name: str, base: Path, tokenizer: HfTokenizer, counts: Counter[str],
+    objective: Objective, n_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     template = hashlib.sha256(str(tokenizer.inner.chat_template).encode()).hexdigest()
     return {
         "config": json.loads(config.model_dump_json()),
         "command": sys.argv,
-        "data_sha256": data.sha256,
+        "data_sha256": data_sha256,
         "base": base_name,
         "base_sha256": _weights_hash(base),
         "prompt_version": PROMPT_VERSION,
@@ -218,7 +254,7 @@ def _head(
         "environment": environment(),
         "threads": torch.get_num_threads(),
         "counts": dict(counts),
-        "n_examples": {split: len(found) for split, found in examples.items()},
+        "n_examples": {split: len(found) for split, found in objective.lengths.items()},
         "n_steps": n_steps,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -239,12 +275,47 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _language_model(
+    run: RunFolder, data: Data, config: RunConfig, tokenizer: HfTokenizer, search: Search | None, store: PromptStore,
+    counts: Counter[str],
+) -> tuple[Objective, str]:  # fmt: skip
+    """Return what is learned of dialogues, and the text that shows it."""
+    examples = {
+        split: _examples(run, split, data, config, tokenizer, search, store, counts) for split in ("train", "valid")
+    }
+    proof = mask_proof(examples["train"], tokenizer.decode)
+    return LanguageModel(config, examples, int(tokenizer.inner.pad_token_id or 0)), proof
+
+
+def _classification(
+    run: RunFolder, data: Texts, config: RunConfig, tokenizer: HfTokenizer, counts: Counter[str]
+) -> tuple[Objective, str]:
+    """Return what is learned of labelled texts, and the first of them as the model reads them."""
+    counts.update(data.counts)
+    examples: dict[str, list[Example]] = {}
+    for split, texts in data.splits.items():
+        path = run.folder / f"texts-{split}.jsonl"
+        if not path.exists():
+            write_texts(path, texts)
+        kept = read_texts(path)
+        counts[split] = len(kept)
+        if split != "test":
+            examples[split] = [
+                class_example(t.text, data.labels.index(t.label), tokenizer, config.max_tokens) for t in kept
+            ]
+    shown = zip(examples["train"], data.splits["train"], strict=True)
+    proof = "".join(f"{tokenizer.decode(e.input_ids)} ⟦{t.label}⟧\n" for e, t in itertools.islice(shown, 5))
+    return Classification(config, examples, data.labels, int(tokenizer.inner.pad_token_id or 0)), proof
+
+
 def _examples(
     run: RunFolder, split: str, data: Data, config: RunConfig, tokenizer: HfTokenizer, search: Search | None,
     store: PromptStore, counts: Counter[str],
 ) -> list[Example]:  # fmt: skip
     path = run.folder / f"conversations-{split}.jsonl"
-    if not path.exists():
+    if not path.exists() and data.rendered:
+        shutil.copyfile(data.folder / f"{split}.jsonl", path)
+    elif not path.exists():
         write_conversations(path, split, data, config, tokenizer, search, store, counts)
     examples: list[Example] = []
     for conversation in read_conversations(path):
@@ -254,7 +325,8 @@ def _examples(
             counts[f"left out of {split}: longer than max_tokens"] += 1
         except TemplateUnusable as exc:
             raise MerchantError(f"base {config.base!r}: {exc}") from None
-    return [e for e in examples if e.n_learned]
+    examples = [e for e in examples if e.n_learned]
+    return share_prefixes(examples, config.row_tokens) if config.shared_prefixes and config.packs else examples
 
 
 def write_conversations(
@@ -286,7 +358,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 def _plan(config: RunConfig, lengths: Sequence[int], epoch: int) -> list[list[Row]]:
     return plan_epoch(
         lengths, row_tokens=config.row_tokens, batch_tokens=config.batch_tokens, packing=config.packs,
-        seed=config.seed, epoch=epoch,
+        seed=config.seed, epoch=epoch, batch_examples=config.batch_examples,
     )  # fmt: skip
 
 
@@ -300,7 +372,7 @@ def _n_steps(config: RunConfig, lengths: Sequence[int]) -> int:
 
 
 @contextmanager
-def _interrupts() -> Iterator[threading.Event]:
+def interrupts() -> Iterator[threading.Event]:
     """Turn the first SIGINT or SIGTERM into a set event; a second one kills as usual. Only in the main thread."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -325,15 +397,12 @@ class _Trainer:
     """The loop, with everything that changes while it turns."""
 
     def __init__(
-        self, config: RunConfig, run: RunFolder, model: Any, examples: dict[str, list[Example]], n_steps: int,
-        tokenizer: HfTokenizer, report: Report,
+        self, config: RunConfig, run: RunFolder, model: Any, objective: Objective, n_steps: int, report: Report,
+        ranks: Ranks,
     ) -> None:  # fmt: skip
         self.config, self.run, self.model, self.n_steps, self.report = config, run, model, n_steps, report
-        self.examples = examples
-        self.lengths = [len(e.input_ids) for e in examples["train"]]
-        self.device = str(next(model.parameters()).device.type)
-        self.pad_id = int(tokenizer.inner.pad_token_id or 0)
-        self.n_virtual = virtual_tokens(config)
+        self.objective, self.ranks = objective, ranks
+        self.lengths = objective.lengths["train"]
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -342,8 +411,9 @@ class _Trainer:
             weight_decay=config.weight_decay,
         )
         self.progress = Progress()
+        self.last: tuple[float, int] = (math.inf, 0)  # loss and targets of the last step
         self.disturbance = Disturbance(model.get_input_embeddings()) if config.adversarial != "none" else None
-        valid_lengths = [len(e.input_ids) for e in examples["valid"]]
+        valid_lengths = objective.lengths["valid"]
         self.valid_rows = [r for step in _plan(config, valid_lengths, 0) for r in step] if valid_lengths else []
         per_epoch = len(_plan(config, self.lengths, 0))
         self.eval_every = config.eval_every or max(1, per_epoch // 4)
@@ -367,17 +437,18 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
         per_epoch = sum(self.lengths)
-        n_tokens = int(per_epoch * self.n_steps / max(1, len(plan)))
-        n_learned = sum(e.n_learned for e in self.examples["train"])
+        # A frozen trunk reads each text once, whatever the epochs; the head behind it costs next to nothing.
+        n_epochs = 1.0 if self.objective.reads_once else self.n_steps / max(1, len(plan))
+        n_tokens = int(per_epoch * n_epochs)
         n_trained = sum(p.numel() for p in self.parameters.values())
-        n_valid = sum(len(e.input_ids) for e in self.examples["valid"])
-        n_evals = self.n_steps // self.eval_every + 1
+        n_valid = sum(self.objective.lengths["valid"])
+        n_evals = 3 if self.objective.reads_once else self.n_steps // self.eval_every + 1
         # A validation pass has no backward pass, about a third of the work.
-        speed = tokens / seconds if seconds else 0.0
+        speed = tokens / seconds * self.ranks.size if seconds else 0.0
         return {
             "n_examples": len(self.lengths),
             "n_tokens_per_epoch": per_epoch,
-            "n_learned_per_epoch": n_learned,
+            "n_learned_per_epoch": sum(self.objective.n_learned["train"]),
             "n_steps": self.n_steps,
             "n_tokens": n_tokens,
             "tokens_per_s": round(speed, 1),
@@ -385,19 +456,41 @@ class _Trainer:
             "n_trained_parameters": n_trained,
             "n_parameters": sum(p.numel() for p in self.model.parameters()),
             # Gradients and AdamW's two moments come on top of what the warm rows took, in float32.
-            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 12 * n_trained,
+            "memory_bytes": self._peak_memory() + 12 * n_trained // (self.ranks.size if self.config.fsdp else 1),
+            "n_processes": self.ranks.size,
+            "device": self.ranks.device.partition(":")[0],
             "row_fill": round(per_epoch / max(1, sum(self._row_size(r) for s in plan for r in s)), 3),
         }
 
-    def _row_size(self, row: Row) -> int:
+    def _peak_memory(self) -> int:
+        """Return bytes: of this process's GPU, else of the process."""
+        if self.ranks.device != "cpu":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _row_size(self, row: Row, split: str = "train") -> int:
         """Tokens a row occupies, padding counted; a packed row has none."""
-        sizes = [self.lengths[n] for n in row]
+        sizes = [self.objective.lengths[split][n] for n in row]
         return sum(sizes) if self.config.packs else len(sizes) * max(sizes)
+
+    def _own(self, rows: Sequence[Row], split: str) -> tuple[list[Row], int]:
+        """
+        Return this process's rows, and how many of them are its own: sharded weights are gathered in every process at
+        once, so each must pass as many rows, and whoever has fewer passes one again that then counts for nothing.
+        """
+        dealt = deal(rows, [self._row_size(r, split) for r in rows], self.ranks.size)
+        mine = dealt[self.ranks.rank]
+        missing = max(map(len, dealt)) - len(mine) if self.config.fsdp else 0
+        return [*mine, *[rows[0]] * missing], len(mine)
 
     # The loop
 
     def run_to_end(self, stop: threading.Event) -> None:
         p = self.progress
+        if isinstance(self.objective, Classification) and self.objective.reads_once:
+            began = time.perf_counter()
+            self.objective.read_all(self.model, self.ranks.device, self._reading)
+            p.seconds += time.perf_counter() - began
         while p.step < self.n_steps and not p.stopped:
             plan = _plan(self.config, self.lengths, p.epoch)
             while p.step_in_epoch < len(plan) and p.step < self.n_steps and not p.stopped:
@@ -406,27 +499,41 @@ class _Trainer:
                 if p.step % self.eval_every == 0 or p.step == self.n_steps:
                     self._validate()
                     self.save_checkpoint()
-                if stop.is_set() and p.step < self.n_steps and not p.stopped:
+                if self.ranks.any(stop.is_set()) and p.step < self.n_steps and not p.stopped:
                     self.save_checkpoint()
+                    self.ranks.wait()  # whoever ends first would end the one that writes
                     raise Interrupted(p.step)
             if p.step_in_epoch >= len(plan):
                 p.epoch, p.step_in_epoch = p.epoch + 1, 0
+
+    def _reading(self, n_done: int, n_all: int) -> None:
+        self.report({"kind": "reading", "n_done": n_done, "n_all": n_all})
 
     def _step(self, rows: Sequence[Row]) -> None:
         p, config = self.progress, self.config
         began = time.perf_counter()
         self.model.train()
-        inputs = [self._inputs("train", row) for row in rows]
-        n_learned = sum(len(i.targets) for i in inputs)
-        # Every learned token weighs the same, whatever row it is in.
-        loss = sum(self._backward(i, 1.0 / n_learned) for i in inputs)
+        own, n_own = self._own(rows, "train") if self.ranks.size > 1 else (rows, len(rows))
+        inputs = [self._inputs("train", row) for row in own]
+        n_learned = sum(self.objective.n_learned["train"][n] for row in rows for n in row)
+        loss = 0.0
+        for n, i in enumerate(inputs):
+            if self.config.fsdp:
+                sync_on(self.model, n == len(inputs) - 1)
+            # Every learned token weighs the same, whatever row it is in and whichever process has it.
+            part = self._backward(i, 1.0 / n_learned if n < n_own else 0.0)
+            loss += part if n < n_own else 0.0
+        self.ranks.add_gradients(self.parameters.values())
+        if self.ranks.size > 1:
+            loss = float(self.ranks.add(torch.tensor(loss, dtype=torch.float64)))
         if not math.isfinite(loss):
             raise LossNotFinite(p.step + 1)
+        self.last = (loss, n_learned)
         if config.method == "adalora":
             penalty = orthogonality(self.model)
             if isinstance(penalty, torch.Tensor):
                 penalty.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm))
         lr = config.learning_rate * self._scale(p.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -438,7 +545,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - began
-        n_tokens = sum(i.n_tokens for i in inputs)
+        n_tokens = sum(self.lengths[n] for row in rows for n in row)
         p.seconds, p.n_tokens, p.n_learned = p.seconds + seconds, p.n_tokens + n_tokens, p.n_learned + n_learned
         event = {
             "step": p.step, "loss": round(loss, 6), "lr": lr, "grad_norm": round(float(norm), 4), "n_tokens": n_tokens,
@@ -451,24 +558,26 @@ class _Trainer:
         self.report({"kind": "step", "n_steps": self.n_steps, "eta_s": round(eta, 1), **event})
 
     def _inputs(self, split: str, row: Row) -> Any:
-        return row_inputs(self.examples[split], row, packed=self.config.packs, device=self.device, pad_id=self.pad_id)
+        return self.objective.inputs(split, row, self.ranks.device)
 
     def _backward(self, inputs: Any, weight: float) -> float:
         """Accumulate the gradient of a row's summed loss times `weight`; return that product, the clean one."""
         config = self.config
+        # FSDP takes the mean over the processes of what it sums, and the weights here are of the whole step.
+        factor = self.ranks.size if config.fsdp and config.method == "full" else 1
 
         def loss_of() -> torch.Tensor:
-            return row_loss(self.model, inputs, config, self.n_virtual) * weight
+            return self.objective.loss(self.model, inputs) * (weight * factor)
 
         if self.disturbance is None:
             loss = loss_of()
             loss.backward()
-            return float(loss.detach())
+            return float(loss.detach()) / factor
         if config.adversarial == "fgm":
-            return float(self.disturbance.fgm(loss_of, inputs.segments, config.adversarial_eps))
-        return float(
-            self.disturbance.freelb(loss_of, inputs.segments, config.adversarial_eps, config.adversarial_steps)
-        )
+            clean = self.disturbance.fgm(loss_of, inputs.segments, config.adversarial_eps)
+        else:
+            clean = self.disturbance.freelb(loss_of, inputs.segments, config.adversarial_eps, config.adversarial_steps)
+        return float(clean) / factor
 
     def _scale(self, step: int) -> float:
         """Return the learning rate's factor for the step after `step` others: up, then down by the schedule."""
@@ -482,54 +591,70 @@ class _Trainer:
 
     def _validate(self) -> None:
         p, config = self.progress, self.config
-        loss, n = self.loss_on_validation()
-        event = {
-            "step": p.step,
-            "loss": round(loss, 6),
-            "perplexity": round(math.exp(min(loss, 50)), 4),
-            "n_learned": n,
-        }
-        p.evals.append({"step": p.step, "loss": loss})
+        figures, n = self.validation()
+        loss = figures["loss"]
+        event = {"step": p.step, **{k: round(v, 6 if k == "loss" else 4) for k, v in figures.items()}, "n_learned": n}
+        p.evals.append({"step": p.step, **figures})
         self.run.event("valid", **event)
         self.report({"kind": "valid", **event})
         if loss < p.best_loss - config.min_delta or p.best_step == 0:
             p.best_loss, p.best_step, p.n_bad = loss, p.step, 0
-            _save_tensors(self._state(), self.run.folder / "best.safetensors")
+            self._save(self._state(), self.run.folder / "best.safetensors")
         else:
             p.n_bad += 1
             if config.patience and p.n_bad >= config.patience:
                 p.stopped = f"no gain in {p.n_bad} validations"
 
-    def loss_on_validation(self) -> tuple[float, int]:
-        """Return (mean loss a learned token, their number); without a validation side the training loss stands in."""
+    def validation(self) -> tuple[dict[str, float], int]:
+        """Return the figures of the validation side and its number of targets; without one the training loss stands in."""  # noqa: E501
         if not self.valid_rows:
-            last = self.run.events("step")[-1]
-            return float(last["loss"]), int(last["n_learned"])
+            return {"loss": self.last[0]}, self.last[1]
         self.model.eval()
-        total, n = 0.0, 0
+        own, n_own = self._own(self.valid_rows, "valid") if self.ranks.size > 1 else (self.valid_rows, math.inf)
+        sums: torch.Tensor | None = None
         with torch.no_grad():
-            for row in self.valid_rows:
-                inputs = self._inputs("valid", row)
-                total += float(row_loss(self.model, inputs, self.config, self.n_virtual))
-                n += len(inputs.targets)
+            for n, row in enumerate(own):
+                found = self.objective.sums(self.model, self._inputs("valid", row))
+                found = found if n < n_own else torch.zeros_like(found)
+                sums = found if sums is None else sums + found
         self.model.train()
-        return total / n, n
+        if self.ranks.size > 1:
+            size = max(self.ranks.gather(0 if sums is None else len(sums)))  # one without a row knows no figures
+            sums = self.ranks.add(torch.zeros(size, dtype=torch.float64) if sums is None else sums)
+        assert sums is not None, "there are rows"
+        return self.objective.figures(sums), int(sums[1])
 
     # State
 
     def _state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().contiguous() for name, p in self.parameters.items()}
+        """Return the trained weights, whole; sharded ones are gathered, so every process has to ask."""
+        return {name: whole(p) for name, p in self.parameters.items()}
+
+    def _save(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if self.ranks.writes:
+            _save_tensors(tensors, path)
 
     def save_checkpoint(self) -> None:
-        """Write all that a resumed run needs to go on with the same bits."""
+        """
+        Write all that a resumed run needs to go on with the same bits; every process has to call it, the first writes.
+
+        Sharded weights and moments are written whole, so that a run can be resumed by another number of processes.
+        """
+        weights = self._state()
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            n: {name: whole(v) if isinstance(v, torch.Tensor) else v for name, v in of_one.items()}
+            for n, of_one in optimizer["state"].items()
+        }
+        rngs = self.ranks.gather({"cpu": torch.get_rng_state(), **_cuda_rng(self.ranks.device)})
+        if not self.ranks.writes:
+            return
         partial, final = self.run.new_checkpoint(self.progress.step)
         if final.exists():
             shutil.rmtree(partial)
             return
-        _save_tensors(self._state(), partial / "weights.safetensors")
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        _save_tensors(weights, partial / "weights.safetensors")
+        state: dict[str, Any] = {"optimizer": optimizer, "rngs": rngs}
         if self.config.method == "adalora":
             allocator = self.model.base_model.rankallocator
             state["allocator"] = {k: dict(getattr(allocator, k)) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
@@ -550,14 +675,21 @@ class _Trainer:
             return
         folder = found[-1]
         _load_tensors(self.parameters, folder / "weights.safetensors")
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        of = list(self.parameters.values())
+        for n, moments in state["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = like(moments[name], of[n])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        rngs = state["rngs"] if "rngs" in state else [{"cpu": state["rng"]}]  # of an older version
+        if self.ranks.rank < len(rngs):
+            torch.set_rng_state(rngs[self.ranks.rank]["cpu"])
+            if "cuda" in rngs[self.ranks.rank] and self.ranks.device != "cpu":
+                torch.cuda.set_rng_state(rngs[self.ranks.rank]["cuda"])
         if self.config.method == "adalora":
             for name, values in state["allocator"].items():
-                getattr(self.model.base_model.rankallocator, name).update(values)
+                moved = {k: v.to(self.ranks.device) for k, v in values.items()}
+                getattr(self.model.base_model.rankallocator, name).update(moved)
             self.model.peft_config["default"].rank_pattern = state["rank_pattern"]
         self.progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
 
@@ -569,10 +701,15 @@ class _Trainer:
         return {
             "n_steps": p.step, "n_epochs": round(p.epoch + p.step_in_epoch / max(1, len(_plan(self.config, self.lengths, p.epoch))), 3),  # noqa: E501
             "stopped": p.stopped or "all steps made", "best_step": p.best_step, "best_loss": p.best_loss,
-            "best_perplexity": math.exp(min(p.best_loss, 50)), "n_tokens": p.n_tokens, "n_learned": p.n_learned,
+            "best_perplexity": math.exp(min(p.best_loss, 50)) if self.config.task == "dialogue" else None, "n_tokens": p.n_tokens, "n_learned": p.n_learned,
             "seconds": round(p.seconds, 1), "tokens_per_s": round(p.n_tokens / p.seconds, 1) if p.seconds else None,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "best_figures": next((e for e in p.evals if e["step"] == p.best_step), {}),
+            "peak_memory_bytes": self._peak_memory(),
         }  # fmt: skip
+
+
+def _cuda_rng(device: str) -> dict[str, torch.Tensor]:
+    return {} if device == "cpu" else {"cuda": torch.cuda.get_rng_state()}
 
 
 def _mean_rank(model: Any) -> float:
@@ -596,4 +733,4 @@ def _load_tensors(parameters: dict[str, torch.nn.Parameter], path: Path) -> None
     assert set(tensors) == set(parameters), f"{path} belongs to another model or method"
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(tensors[name])
+            p.copy_(like(tensors[name], p))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,12 @@ class Features:
 
     def values(self) -> tuple[float, ...]:
         """Return the features in the order of their names."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        found: tuple[float, ...] = _values(self)
+        return found
 
 
 NAMES = tuple(field.name for field in fields(Features))
+_values = attrgetter(*NAMES)
 
 
 class Calibration:

@@ -6,9 +6,9 @@ Embedders by settings: the embedded default, sentence-transformers models, any O
     sentence-transformers:NAME         a name or a folder, where sentence-transformers is installed
     openai:MODEL                       POST {url}/embeddings; url and key come from settings
 
-Knows which prefixes a model wants and how to ask for vectors; knows no passages. The only file that imports
-`sentence_transformers`. What is embedded by one is never compared with another's: the version below is part of every
-cache key and of every snapshot.
+Knows which prefixes a model wants and how to ask for vectors; knows no passages. `sentence_transformers` is imported
+here and where it trains (finetuned.py). What is embedded by one is never compared with another's: the version below is
+part of every cache key and of every snapshot.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -84,9 +85,10 @@ class _Prefixed:
 
     shared = 1.0
 
-    def __init__(self, name: str, model: str, told_apart_by: str) -> None:
+    def __init__(self, name: str, prefixes: tuple[str, str], told_apart_by: str) -> None:
         self.name = name
-        self._query, self._passage = prefixes_of(model)
+        self.prefixes = prefixes  # before a query, before a passage
+        self._query, self._passage = prefixes
         told = hashlib.sha256(f"{told_apart_by}\0{self._query}\0{self._passage}".encode()).hexdigest()[:8]
         self.version = f"{name}-{told}"
         self.dim = 0  # until the first vectors tell
@@ -116,9 +118,10 @@ class _Prefixed:
 class SentenceTransformersEmbedder(_Prefixed):
     """A sentence-transformers model, by name or folder; see `retrieval.embedder.Embedder`."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, path: str, model: str | None = None) -> None:
         """
-        Load it; a name is looked for in the local cache and on the hub, as the library does.
+        Load the model at `path`, a folder or a name, which is looked for in the local cache and on the hub, as the
+        library does. `model` is the one it was made from, where it was fine-tuned: it wants the same prefixes.
 
         Raises:
             RetrievalError: the package is missing, or the model cannot be loaded.
@@ -130,11 +133,30 @@ class SentenceTransformersEmbedder(_Prefixed):
                 "sentence-transformers is not installed: pip install sentence-transformers, or choose another embedder"
             ) from exc
         try:
-            self._model: Any = SentenceTransformer(model)
+            self._model: Any = SentenceTransformer(path)
         except Exception as exc:  # the library's errors are its dependencies': a dozen kinds
-            raise RetrievalError(f"sentence-transformers cannot load {model!r}: {exc}") from exc
+            reason = " ".join(str(exc).split())[:300]
+            raise RetrievalError(f"sentence-transformers cannot load {path!r}: {reason}") from exc
+        self.path, self.model = path, model or path
         self._lock = threading.Lock()
-        super().__init__(f"sentence-transformers:{model}", model, str(self._model))
+        # What the model says of itself first; models from before that have it in their cards alone.
+        said = {name: text for name, text in self._model.prompts.items() if text}
+        own = (said.get("query", ""), said.get("document", said.get("passage", "")))
+        commit = getattr(getattr(self._model, "config", None), "_commit_hash", None)
+        told = self.checksum(Path(path)) if Path(path).is_dir() else f"{commit}"
+        prefixes = own if any(own) else prefixes_of(self.model)
+        super().__init__(f"sentence-transformers:{self.model}", prefixes, f"{self._model}{told}")
+
+    @staticmethod
+    def checksum(folder: Path) -> str:
+        """Return what tells a model's folder from every other: weights trained anew give other vectors."""
+        digest = hashlib.sha256()
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix != ".md" and path.name != "finetuned.json":
+                digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def _embed(self, texts: list[str]) -> Vectors:
         try:
@@ -162,7 +184,7 @@ class OpenAIEmbedder(_Prefixed):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(timeout=TIMEOUT, headers=headers, follow_redirects=False)
         # The same name may be another model elsewhere.
-        super().__init__(f"openai:{model}", model, self._url)
+        super().__init__(f"openai:{model}", prefixes_of(model), self._url)
 
     def _embed(self, texts: list[str]) -> Vectors:
         parts = [self._ask(texts[start : start + ASKED_AT_ONCE]) for start in range(0, len(texts), ASKED_AT_ONCE)]

@@ -23,6 +23,7 @@ _PART_NAMES = {
     "words": "share of the question's words",
     "same_lang": "in the visitor's language, or in no other",
     "approved": "an approved answer",
+    "section": "a section of a policy",
     "exact": "the question is one of its wordings",
     "code": "named by its code",
     "translation": "taken over from its translation",

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.candidates import Across, find_candidates
+from retrieval.candidates import Across, Candidates, find_candidates
 from retrieval.confidence import NAMES, Calibration, Features, load_calibration
 from retrieval.embedder import Embedder, Vectors
 from retrieval.errors import RetrievalError
@@ -29,7 +29,8 @@ from retrieval.load import twin_key
 from retrieval.names import without_names
 from retrieval.passages import Hit, Passage, is_valid, last_valid_end, next_valid
 from retrieval.recurrence import Recurrence
-from retrieval.terms import Reader, Slot, Terms
+from retrieval.spelling import Reader
+from retrieval.terms import Slot, Terms
 from retrieval.words import bare_code, detect_lang, named_codes, weight, words
 
 # The fused score is their weighted mean: centred cosines, and the share of the query's words (docs/experiments.md).
@@ -43,7 +44,10 @@ LEXICAL = 1.0
 GLOSS = 0.5
 ACROSS = 1.2
 SAME_LANG = 0.05  # enough to turn a translation's lead, too little to bury the only answer there is
-APPROVED = 0.06  # of a FAQ and a policy that say the same, the FAQ: 0.59 -> 0.61 recall@1 of FAQs against 0.03
+# A section has one body where a FAQ has many wordings, and answers the details beside them. Fitted on two of the stores
+# in examples/training: 0.53 -> 0.57 recall@1 there, and 0.82 / 0.84 -> 0.85 / 0.85 on the demo store, which had no part in it.
+SECTION = 0.05
+APPROVED = 0.02  # of a FAQ and a passage of another kind that say the same, the FAQ
 # A Chinese passage that is nothing but one question has no body: its share goes to the wording, and so much of that to
 # the words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650). English ones lose by it (banking77 0.575 ->
 # 0.553), since the English model reads a body as well as a question; several wordings together are worth a body.
@@ -60,15 +64,27 @@ MAX_QUERY_CHARS = 2_000  # the wire's limit for a question; a CLI may bring more
 class _Ranked:
     """The candidates of one query, best first, before translations are folded together."""
 
-    order: list[int]  # passage numbers
-    fused: dict[int, float]
+    order: list[int]  # passage numbers, best first, one of each pair of translations
+    owners: NDArray[np.int64]  # passage numbers of all candidates (n_candidates,), ascending
+    scores: NDArray[np.float64]  # theirs; where a translation gave way, the better one's
     features: dict[int, Features]
     wording: dict[int, str]
     parts: dict[str, NDArray[np.float64]]  # what each candidate's score is the sum of, by name, (n_candidates,) each
-    place: dict[int, int]  # passage number -> its position in those arrays
     folded: dict[int, int]  # passage left out for its translation -> that translation
     slots: tuple[Slot, ...] = ()  # where the query was read another way as well
     across: Across | None = None  # the query in the other language, where that was asked as well
+
+    def place(self, number: int) -> int:
+        """Return where a candidate stands in `owners` and in all that is beside them."""
+        return int(np.searchsorted(self.owners, number))
+
+    def score(self, number: int) -> float:
+        """Return the fused score of a candidate."""
+        return float(self.scores[self.place(number)])
+
+
+def _nothing(slots: tuple[Slot, ...] = ()) -> _Ranked:
+    return _Ranked([], np.zeros(0, dtype=np.int64), np.zeros(0), {}, {}, {}, {}, slots)
 
 
 class HybridRetriever:
@@ -100,9 +116,14 @@ class HybridRetriever:
         self._dated = np.array(dated, dtype=np.int64)  # only these are asked for the time: of 10^6, few
         self._starts = np.array([_seconds(index.passages[n].valid_from, -np.inf) for n in dated], dtype=np.float64)
         self._ends = np.array([_seconds(index.passages[n].valid_until, np.inf) for n in dated], dtype=np.float64)
-        self._langs = np.array([passage.lang for passage in index.passages], dtype="<U8")
+        self._lang_numbers = {"": 0}  # numbers, as of 10^6 passages the texts would be 32 MB
+        self._langs = np.array(
+            [self._lang_numbers.setdefault(p.lang, len(self._lang_numbers)) for p in index.passages], dtype=np.int32
+        )
         self._approved = np.array([passage.approved for passage in index.passages], dtype=np.bool_)
-        self._of_kinds: dict[frozenset[str], NDArray[np.bool_]] = {}  # at most one for each set of the five kinds
+        self._sections = np.array([passage.kind == "policy" for passage in index.passages], dtype=np.bool_)
+        # What was allowed last, by what decides on it: of 10^6 passages the same array, not one that is equal.
+        self._lately: dict[object, tuple[object, NDArray[np.bool_]]] = {}
         recurring: dict[Recurrence, list[int]] = {}  # each asked once a query, however many passages it has
         for number, passage in enumerate(index.passages):
             if passage.repeats is not None:
@@ -112,16 +133,18 @@ class HybridRetriever:
         self._by_code: dict[str, list[int]] = {}
         for code, owners in index.by_code.items():
             self._by_code.setdefault(bare_code(code), []).extend(owners)
-        self._twins = [twin_key(passage) for passage in index.passages]
+        keys = [twin_key(passage) for passage in index.passages]
+        key_numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+        self._twins = np.array([key_numbers[key] for key in keys], dtype=np.int32)  # equal for translations
         self._glossary = GLOSSARY.with_own(self.reader.terms.own)
-        self._untranslated = {lang: self._lacking(lang) for lang in LANGS}
+        self._untranslated = {lang: self._lacking(lang, keys) for lang in LANGS}
         self._bare = np.array([_is_bare(passage) for passage in index.passages], dtype=np.bool_)
         self.thresholds: Mapping[str, float] = {}  # of the store's tuning, see tuning.py; the bot's
         self.learned = learned
         self.learned_weight = learned_weight
         known = {key: n for n, key in enumerate(learned.keys)} if learned else {}
         # Of each passage its place among the keys, -1 for none.
-        self._lesson = np.array([known.get(key, -1) for key in self._twins], dtype=np.int64)
+        self._lesson = np.array([known.get(key, -1) for key in keys], dtype=np.int64)
         self._taught: dict[int, list[int]] = {}  # and its passages
         if learned:
             for owner in np.flatnonzero(self._lesson >= 0).tolist():
@@ -148,7 +171,8 @@ class HybridRetriever:
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]:
         """Return the same over the passages that do not hold at `now`, ended or not begun: never to be quoted as on."""
-        return self._hits(query, k, ~self._valid(now), lang, kinds)
+        valid = self._valid(now)
+        return self._hits(query, k, self._again("expired", valid, lambda: ~valid), lang, kinds)
 
     def current(self, kind: str, *, now: datetime, lang: str | None = None) -> list[Passage]:
         """Return every passage of `kind` valid at `now`, in file order; with `lang` only those in that language."""
@@ -196,8 +220,8 @@ class HybridRetriever:
         everything = self._rank(query, np.ones_like(valid), spoken)
         floor = hits[-1].score if hits and len(hits) == k else -np.inf
         left_out: list[LeftOut] = []
-        for number in sorted(everything.fused, key=lambda n: (-everything.fused[n], n)):
-            score = everything.fused[number]
+        for place in np.argsort(-everything.scores, kind="stable").tolist():
+            number, score = int(everything.owners[place]), float(everything.scores[place])
             if number in ranked.features or score < floor or len(left_out) == N_LEFT_OUT:
                 continue
             left_out.append(self._left_out(number, round(score, 6), everything, ranked, now, bool(valid[number])))
@@ -218,7 +242,7 @@ class HybridRetriever:
             hits=tuple(
                 HitReasons(
                     hit=hit,
-                    parts={name: float(values[ranked.place[number]]) for name, values in ranked.parts.items()},
+                    parts={name: float(values[ranked.place(number)]) for name, values in ranked.parts.items()},
                     features=dict(zip(NAMES, ranked.features[number].values(), strict=True)),
                     logit=self.calibration.terms(ranked.features[number]),
                     words=self._shared(number, asked),
@@ -253,24 +277,43 @@ class HybridRetriever:
         if now.tzinfo is None:
             raise ValueError("now has no time zone; pass datetime.now(timezone.utc)")
         moment = now.timestamp()
-        valid = np.ones(len(self.index.passages), dtype=np.bool_)
-        valid[self._dated] = np.logical_and(self._starts <= moment, moment < self._ends)
-        for repeats, numbers in self._recurring:  # `is_valid`, with its last line asked once for all that share it
-            if not repeats.holds(now):
-                valid[numbers] = False
-        return valid
+        held = np.logical_and(self._starts <= moment, moment < self._ends)
+        windows = tuple(repeats.holds(now) for repeats, _ in self._recurring)
+
+        def find() -> NDArray[np.bool_]:
+            valid = np.ones(len(self.index.passages), dtype=np.bool_)
+            valid[self._dated] = held
+            # `is_valid`, with its last line asked once for all that share it.
+            for (_, numbers), holds in zip(self._recurring, windows, strict=True):
+                if not holds:
+                    valid[numbers] = False
+            return valid
+
+        return self._again("valid", (held.tobytes(), windows), find)
 
     def _mask(self, allowed: NDArray[np.bool_], kinds: Collection[str] | None) -> NDArray[np.bool_]:
         if kinds is None:
             return allowed
         known = frozenset(self.index.by_kind).intersection(kinds)
-        wanted = self._of_kinds.get(known)
-        if wanted is None:
+
+        def find() -> NDArray[np.bool_]:
             wanted = np.zeros(len(self.index.passages), dtype=np.bool_)
             for kind in known:
                 wanted[self.index.by_kind[kind]] = True
-            self._of_kinds[known] = wanted
-        return np.logical_and(allowed, wanted, dtype=np.bool_)
+            return np.logical_and(allowed, wanted, dtype=np.bool_)
+
+        return self._again(("kinds", known), allowed, find)
+
+    def _again(self, name: object, decided_by: object, find: Callable[[], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """Return what `find` does, or found when it was last asked for `name` and the same decided on it."""
+        last = self._lately.get(name)
+        if last is not None and (
+            last[0] is decided_by or (not isinstance(decided_by, np.ndarray) and last[0] == decided_by)
+        ):
+            return last[1]
+        found = find()
+        self._lately[name] = (decided_by, found)
+        return found
 
     def _hits(
         self, query: str, k: int, allowed: NDArray[np.bool_], lang: str | None, kinds: Collection[str] | None
@@ -282,7 +325,7 @@ class HybridRetriever:
         return [
             Hit(
                 passage=self.index.passages[number],
-                score=round(ranked.fused[number], 6),
+                score=round(ranked.score(number), 6),
                 confidence=round(self.calibration.confidence(ranked.features[number]), 4),
                 wording=ranked.wording[number],
             )
@@ -300,7 +343,7 @@ class HybridRetriever:
         """Rank all candidates; with `n`, features and wordings are there for the first `n` of them only."""
         query = query.strip()[:MAX_QUERY_CHARS]
         if not query or not allowed.any():
-            return _Ranked([], {}, {}, {}, {}, {}, {})
+            return _nothing()
         index = self.index
         raw = self._meaning(query)
         vector = index.place(raw, query)
@@ -317,10 +360,10 @@ class HybridRetriever:
         firsts, lasts = index.first_unit[owners], index.first_unit[owners + 1] - 1
         n_wordings = lasts - firsts
         if not len(owners):
-            return _Ranked([], {}, {}, {}, {}, {}, {}, slots)
+            return _nothing(slots)
         starts = np.cumsum(n_wordings + 1) - (n_wordings + 1)  # of each candidate, in numbers
         numbers = np.repeat(firsts - starts, n_wordings + 1) + np.arange(int(np.sum(n_wordings + 1)))
-        cosines = index.cosines(vector, numbers)
+        cosines = self._cosines(vector, numbers, found)
         cosines[index.sides[numbers] != (side_of(query) == "zh")] /= self.embedder.shared
         if across is not None:
             theirs = np.flatnonzero(
@@ -346,46 +389,45 @@ class HybridRetriever:
         }
         mixed = np.sum(list(parts.values()), axis=0)
         # 3) What is known beside likeness; then one of each pair of translations.
-        place = {owner: position for position, owner in enumerate(owners.tolist())}
+        is_exact, is_named = _among(owners, exact), _among(owners, named)
+        # What has no translation to give way to is not behind for its language.
+        spoken = (self._langs[owners] == self._lang_numbers.get(lang, -1)) | self._untranslated[side_of(query)][owners]
         beside = {
-            # What has no translation to give way to is not behind for its language.
-            "same_lang": SAME_LANG * ((self._langs[owners] == lang) | self._untranslated[side_of(query)][owners]),
+            "same_lang": SAME_LANG * spoken,
             "approved": APPROVED * self._approved[owners],
-            "exact": [EXACT * (owner in exact) for owner in place],
-            "code": [CODE * (owner in named) for owner in place],
+            "section": SECTION * self._sections[owners],
+            "exact": EXACT * is_exact,
+            "code": CODE * is_named,
         }
-        parts |= {name: np.array(values, dtype=np.float64) for name, values in beside.items()}
+        parts |= {name: np.asarray(values, dtype=np.float64) for name, values in beside.items()}
         learned = np.zeros(len(owners))
         if lessons is not None:
             learned = np.where(self._lesson[owners] >= 0, lessons[self._lesson[owners]], 0.0).astype(np.float64)
             parts["learned"] = self.learned_weight * learned
-        totals = np.sum(list(parts.values()), axis=0)
-        fused = {owner: float(totals[position]) for owner, position in place.items()}
-        best_first = sorted(fused, key=lambda owner: (-fused[owner], owner))
-        order, folded, lead = self._fold_twins(best_first, fused, lang)
-        parts["translation"] = np.array([lead.get(owner, 0.0) for owner in place], dtype=np.float64)
-        # 4) What the confidence is made of.
-        background = np.array([mixed[place[owner]] for owner in order])
+        scores = np.sum(list(parts.values()), axis=0)
+        kept, folded, parts["translation"] = self._fold_twins(owners, scores, lang)
+        # 4) What the confidence is made of. From here on in the order of the hits.
+        background, lessons_kept = mixed[kept], learned[kept]
         mean, spread = float(background.mean()), max(float(background.std()), 0.05)
-        brevity = 1 / (1 + len(words(query)))
+        brevity = 1 / (1 + found.n_words)
         features, wording = {}, {}
         # The margin is of what was there before the tuning, so that it means the same with and without one.
-        before = {owner: fused[owner] - self.learned_weight * float(learned[place[owner]]) for owner in order}
-        first, second = _two_best(before)
-        lead_first, lead_second = _two_best({owner: float(learned[place[owner]]) for owner in order})
-        for owner in order[:n]:  # of several hundred candidates, the few that become hits
-            rival = before[second if owner == first else first] if len(order) > 1 else before[owner] - 0.1
-            position = place[owner]
-            taught_best = lead_second if owner == lead_first else lead_first
-            lead_by = float(learned[position] - learned[place[taught_best]]) if len(order) > 1 else 0.0
+        before = scores[kept] - self.learned_weight * lessons_kept
+        first, second = (0, min(1, len(kept) - 1)) if lessons is None else _two_best(before)
+        lead_first, lead_second = (first, second) if lessons is None else _two_best(lessons_kept)
+        order: list[int] = owners[kept].tolist()
+        for rank, (owner, position) in enumerate(zip(order[:n], kept.tolist(), strict=False)):  # the few that are hits
+            rival = before[second if rank == first else first] if len(order) > 1 else before[rank] - 0.1
+            taught_best = lead_second if rank == lead_first else lead_first
+            lead_by = float(learned[position] - lessons_kept[taught_best]) if len(order) > 1 else 0.0
             features[owner] = Features(
                 body=float(body[position]),
                 wording=float(best_wording[position]),
                 standout=(float(mixed[position]) - mean) / spread / 5 if len(order) > 2 else 0.4,
-                margin=max(-1.0, min(1.0, before[owner] - rival)),
+                margin=max(-1.0, min(1.0, float(before[rank] - rival))),
                 coverage=float(coverage[position]),
-                exact=float(owner in exact),
-                code=float(owner in named),
+                exact=float(is_exact[position]),
+                code=float(is_named[position]),
                 brevity=brevity,
                 other_lang=float(index.passages[owner].lang not in (lang, "")),
                 learned=float(learned[position]),
@@ -394,54 +436,82 @@ class HybridRetriever:
             start = int(starts[position])
             best = int(np.argmax(as_wordings[start : start + int(n_wordings[position]) + 1]))
             wording[owner] = index.units[int(numbers[start + best])].text
-        return _Ranked(order, fused, features, wording, parts, place, folded, slots, across)
+        return _Ranked(order, owners, scores, features, wording, parts, folded, slots, across)
+
+    def _cosines(
+        self, vector: NDArray[np.float32], numbers: NDArray[np.int64], found: Candidates
+    ) -> NDArray[np.float32]:
+        """Return the cosines of the units `numbers`: what the search for the nearest computed, and the others'."""
+        if not len(found.units):
+            return self.index.cosines(vector, numbers)
+        places = np.minimum(np.searchsorted(found.units, numbers), len(found.units) - 1)
+        cosines: NDArray[np.float32] = found.cosines[places]
+        unknown = np.flatnonzero(found.units[places] != numbers)
+        cosines[unknown] = self.index.cosines(vector, numbers[unknown])
+        return cosines
 
     def _fold_twins(
-        self, order: list[int], fused: dict[int, float], lang: str
-    ) -> tuple[list[int], dict[int, int], dict[int, float]]:
+        self, owners: NDArray[np.int64], scores: NDArray[np.float64], lang: str
+    ) -> tuple[NDArray[np.int64], dict[int, int], NDArray[np.float64]]:
         """
         Keep one of each passage and its translation, in the better one's place: the one in `lang` if there is.
 
-        Returns those kept, best first; what each left out gave way to; and what a kept one gained by its better twin.
+        Returns the places of those kept, best first (of equals the first in the store); what each left out gave way
+        to; and what each of `owners` gained by its better twin, which is added to `scores`.
         """
-        chosen: dict[str, int] = {}
-        lead: dict[int, float] = {}
-        for owner in order:
-            key = self._twins[owner]
-            if key not in chosen:
-                chosen[key] = owner
-            elif self.index.passages[owner].lang == lang != self.index.passages[chosen[key]].lang:
-                lead[owner] = fused[chosen[key]] - fused[owner]
-                fused[owner] = fused[chosen[key]]
-                chosen[key] = owner
-        folded = {owner: chosen[self._twins[owner]] for owner in order if chosen[self._twins[owner]] != owner}
-        return list(chosen.values()), folded, lead
+        best_first = np.argsort(-scores, kind="stable")
+        lead = np.zeros(len(owners))
+        twins = self._twins[owners[best_first]].tolist()
+        if len(set(twins)) == len(twins):
+            return best_first, {}, lead
+        spoken = (self._langs[owners] == self._lang_numbers.get(lang, -1)).tolist()
+        chosen: dict[int, int] = {}
+        for key, place in zip(twins, best_first.tolist(), strict=True):
+            other = chosen.setdefault(key, place)
+            if spoken[place] and not spoken[other]:
+                lead[place] = scores[other] - scores[place]
+                scores[place] = scores[other]
+                chosen[key] = place
+        numbers = owners.tolist()
+        folded = {
+            numbers[place]: numbers[chosen[key]]
+            for key, place in zip(twins, best_first.tolist(), strict=True)
+            if chosen[key] != place
+        }
+        return np.fromiter(chosen.values(), dtype=np.int64, count=len(chosen)), folded, lead
 
-    def _lacking(self, lang: str) -> NDArray[np.bool_]:
-        """Return which passages (n_passages,) are in another language than `lang` and have no translation in it."""
-        lacking: NDArray[np.bool_] = (self._langs != lang) & (self._langs != "")
-        said = {self._topic(number) for number in np.flatnonzero(self._langs == lang).tolist()} if lacking.any() else ()
+    def _lacking(self, lang: str, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """
+        Return which passages (n_passages,) are in another language than `lang` and have no translation in it.
+
+        `keys` are all passages' `twin_key`.
+        """
+
+        def topic(number: int) -> str:
+            # What a passage and its translation share; of a document, whose sections differ, its name.
+            passage = self.index.passages[number]
+            return f"{passage.kind}:{passage.meta['policy']}" if "policy" in passage.meta else keys[number]
+
+        spoken = self._langs == self._lang_numbers.get(lang, -1)
+        lacking: NDArray[np.bool_] = ~spoken & (self._langs != self._lang_numbers[""])
+        said = {topic(number) for number in np.flatnonzero(spoken).tolist()} if lacking.any() else ()
         if said:
             elsewhere = np.flatnonzero(lacking).tolist()
-            lacking[[number for number in elsewhere if self._topic(number) in said]] = False
+            lacking[[number for number in elsewhere if topic(number) in said]] = False
         return lacking
-
-    def _topic(self, number: int) -> str:
-        """Return what a passage and its translation share; of a document, whose sections differ, its name."""
-        passage = self.index.passages[number]
-        return f"{passage.kind}:{passage.meta['policy']}" if "policy" in passage.meta else self._twins[number]
 
     def _across(self, query: str, allowed: NDArray[np.bool_]) -> Across | None:
         """Return `query` in the other language; None where every allowed passage is in the query's own as well."""
         side = side_of(query)
         lacking = self._untranslated[side]
-        if not (lacking & allowed).any():
+        alone = self._again(("alone", side), allowed, lambda: lacking & allowed)
+        if not alone.any():
             return None
         gloss = self._glossary.gloss(query)
         if gloss is None or side_of(gloss.text) == side:  # nothing, or too little, could be said in the other language
             return None
         raw = self._vector(gloss.text)
-        return Across(gloss, raw, self.index.place(raw, gloss.text), lacking)
+        return Across(gloss, raw, self.index.place(raw, gloss.text), lacking, alone)
 
     def _brought_by(self, lessons: NDArray[np.float32]) -> set[int]:
         """Return the passages that the tuning would put first, whether or not anything else finds them."""
@@ -487,7 +557,16 @@ def _is_bare(passage: Passage) -> bool:
     return side_of(passage.text or passage.title or "".join(passage.questions)) == "zh"
 
 
-def _two_best(scores: dict[int, float]) -> tuple[int, int]:
-    """Return whose score is highest and whose comes next, the first met of equals; one alone is both."""
-    ordered = sorted(scores, key=lambda owner: -scores[owner])
-    return ordered[0], ordered[min(1, len(ordered) - 1)]
+def _among(owners: NDArray[np.int64], chosen: Collection[int]) -> NDArray[np.bool_]:
+    """Return which of `owners` are `chosen`, shape (len(owners),)."""
+    return np.isin(owners, list(chosen)) if chosen else np.zeros(len(owners), dtype=np.bool_)
+
+
+def _two_best(scores: NDArray[np.float64]) -> tuple[int, int]:
+    """Return where the highest score is and where the next, the first of equals; one alone is both."""
+    first = int(np.argmax(scores))
+    if len(scores) == 1:
+        return first, first
+    others = scores.copy()
+    others[first] = -np.inf
+    return first, int(np.argmax(others))

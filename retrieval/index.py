@@ -2,8 +2,8 @@
 The built thing: every wording and every body as a vector and as words, in memory and on disk.
 
 Knows which vector belongs to which passage; knows no clock, no fusion and no confidence. A snapshot is a folder:
-`manifest.json` (format, embedder, knowledge version, checksums), `passages.jsonl`, and the FAISS files of `vectors.py`.
-No pickle: a snapshot may come from another machine.
+`manifest.json` (format, embedder, knowledge version, checksums), `passages.jsonl`, the FAISS files of `vectors.py` and
+the arrays of `tables.py`. No pickle: a snapshot may come from another machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,17 +21,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.checked import read_checked
 from retrieval.confidence import Calibration, load_calibration
 from retrieval.embedder import Embedder, Progress, VectorCache, Vectors
 from retrieval.errors import IndexDamaged
-from retrieval.lexical import Lexical
 from retrieval.load import content_hash, dump_passage, parse_passage
 from retrieval.names import common_names, without_names
 from retrieval.passages import Passage
+from retrieval.tables import FILES as TABLE_FILES
+from retrieval.tables import Tables, sides_of
 from retrieval.vectors import EXACT_FILE, EXACT_UNITS, LIST_FILES, LocalVectors
 from retrieval.words import codes, detect_lang, squash
 
-FORMAT = 6
+FORMAT = 7
 NAMES_SAMPLE = 10_000  # passages whose wordings are read for names
 MAX_MANIFEST_BYTES = 1 << 20
 PASSAGES_FILE = "passages.jsonl"
@@ -42,7 +44,7 @@ BODY_CHARS = 1_500  # what the model reads of a body in one window; more is only
 # own: the difference of the two means is "is Chinese", which would keep translations apart.
 CENTER_AFTER = 300
 LANGS = ("zh", "en")
-MASKS_KEPT = 4  # what holds now, what does not, and each for the kinds that the bot asks for
+MASKS_KEPT = 8  # what holds now and what does not, for the kinds that the bot asks for, and in one language alone
 MOST_ELSEWHERE = 4_096  # units asked of a vector server at once
 
 
@@ -69,53 +71,83 @@ class Unit:
         self.is_body = is_body
 
 
+class Units:
+    """
+    What of each passage can be matched, in its order: every wording, then one body.
+
+    Numbered from 0. A body is put together when it is asked for: of 10^6 passages the texts would be 300 MB again.
+    """
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self._passages = passages
+        n_units = np.fromiter((len(passage.questions) + 1 for passage in passages), np.int64, len(passages))
+        # Of each passage, and one more; the last of its units is its body.
+        self.first = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_units)])
+        self.owners = np.repeat(np.arange(len(passages), dtype=np.int32), n_units)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __getitem__(self, number: int) -> Unit:
+        owner = int(self.owners[number])
+        passage, place = self._passages[owner], number - int(self.first[owner])
+        if place < len(passage.questions):
+            return Unit(owner, passage.questions[place], False)
+        return Unit(owner, body_of(passage), True)
+
+    def __iter__(self) -> Iterator[Unit]:
+        for owner, passage in enumerate(self._passages):
+            for wording in passage.questions:
+                yield Unit(owner, wording, False)
+            yield Unit(owner, body_of(passage), True)
+
+    @property
+    def is_body(self) -> NDArray[np.bool_]:
+        """Which units are bodies, shape (n_units,)."""
+        bodies = np.zeros(len(self), dtype=np.bool_)
+        bodies[self.first[1:] - 1] = True
+        return bodies
+
+
 class Index:
     """Passages with their units, vectors and words. Immutable once built; safe for any number of threads."""
 
     def __init__(
         self,
         passages: Sequence[Passage],
-        found: Sequence[Unit],
+        found: Units,
         vectors: LocalVectors,
         means: Mapping[str, NDArray[np.float32]],
         embedder_version: str,
         version: str,
-        names: Sequence[str] = (),
+        tables: Tables,
     ) -> None:
         """
         Put the index together from the centred `vectors` of `found`, the `units(passages)`, in that order.
 
-        `means`, by language, is what is taken from a query's vector, (dim,) each; `names` are the `names_of(passages)`.
+        `means`, by language, is what is taken from a query's vector, (dim,) each; `tables` the `tables_of` them.
         """
         self.means = dict(means)
         self.passages = tuple(passages)
         self.version = version
         self.embedder_version = embedder_version
         self.units = found
-        self.names = tuple(names)  # a query's vector is the mean of with and without
+        self.tables = tables
+        self.names = tables.names  # a query's vector is the mean of with and without
         if len(vectors) != len(self.units):
             raise IndexDamaged(f"{len(vectors)} vectors for {len(self.units)} wordings and texts")
         self.vectors = vectors
         self.elsewhere: Nearest | None = None  # where the nearest are looked for instead, see vectorstore.py
-        self.sides = sides_of(self.units)  # which mean was taken
-        self.owners = np.array([unit.owner for unit in self.units], dtype=np.int32)
-        self.is_body = np.array([unit.is_body for unit in self.units], dtype=bool)
-        self.first_unit = np.searchsorted(self.owners, np.arange(len(self.passages) + 1))  # its body is its last unit
-        self.lexical = Lexical(unit.text for unit in self.units if unit.is_body)
+        self.sides = tables.zh  # which mean was taken
+        self.owners, self.first_unit = found.owners, found.first
+        self.lexical = tables.lexical
+        self.by_code = tables.codes
         self.by_kind: dict[str, list[int]] = {}
         for number, passage in enumerate(self.passages):
             self.by_kind.setdefault(passage.kind, []).append(number)
         self.by_id = {passage.id: number for number, passage in enumerate(self.passages)}
-        self.by_squash: dict[str, list[int]] = {}  # a wording without spaces and signs -> its passages
-        for unit in self.units:
-            if not unit.is_body:
-                self.by_squash.setdefault(squash(unit.text), []).append(unit.owner)
-        self.by_code: dict[str, list[int]] = {}  # article number or coupon code -> its passages
-        for number, passage in enumerate(self.passages):
-            for code in passage_codes(passage):
-                self.by_code.setdefault(code, []).append(number)
         # Of the passages last allowed, the units of each side: at 10^6 five milliseconds, and mostly the same again.
-        self._masks: tuple[tuple[NDArray[np.bool_], dict[str, NDArray[np.bool_]]], ...] = ()
+        self._masks: tuple[tuple[NDArray[np.bool_], dict[str, NDArray[np.bool_] | None]], ...] = ()
 
     @property
     def dim(self) -> int:
@@ -153,13 +185,22 @@ class Index:
 
     def _units_allowed(self, allowed: NDArray[np.bool_], side: str) -> NDArray[np.bool_] | None:
         """Return which units of `side` belong to `allowed` passages, None for all of them."""
-        if allowed.all():
-            return None
-        masks = next((masks for known, masks in self._masks if np.array_equal(known, allowed)), None)
+        # The retriever hands in the same array again and again: to compare 10^6 truths takes as long as a search.
+        known = self._masks
+        masks = next((masks for mask, masks in known if mask is allowed), None)
         if masks is None:
-            masks = {lang: allowed[self.owners[self.vectors.units_of(lang)]] for lang in LANGS}
-            self._masks = ((allowed, masks), *self._masks[: MASKS_KEPT - 1])
+            masks = next((masks for mask, masks in known if np.array_equal(mask, allowed)), None)
+        if masks is None:
+            found = {lang: allowed[self.owners[self.vectors.units_of(lang)]] for lang in LANGS}
+            masks = {lang: None if mask.all() else mask for lang, mask in found.items()}
+            self._masks = ((allowed, masks), *known[: MASKS_KEPT - 1])
         return masks[side]
+
+    def worded(self, query: str) -> list[int]:
+        """Return the passages one of whose wordings is `query`, letter for letter."""
+        likely = self.tables.worded(query)
+        squashed = squash(query) if likely else ""
+        return [n for n in likely if any(squash(wording) == squashed for wording in self.passages[n].questions)]
 
     def cosines(self, vector: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the cosine of `vector` (dim, placed) and each of these units, shape (len(numbers),)."""
@@ -186,7 +227,7 @@ class Index:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            names = [PASSAGES_FILE, *self.vectors.save(beside)]
+            names = [PASSAGES_FILE, *self.vectors.save(beside), *self.tables.save(beside)]
             with (beside / PASSAGES_FILE).open("w", encoding="utf-8", newline="\n") as file:
                 for passage in self.passages:
                     file.write(json.dumps(dump_passage(passage), ensure_ascii=False) + "\n")
@@ -225,8 +266,8 @@ def build_index(
         RetrievalError: the embedder failed.
     """
     found = units(passages)
-    bodies = [number for number, unit in enumerate(found) if unit.is_body]
-    wordings = [number for number, unit in enumerate(found) if not unit.is_body]
+    is_body = found.is_body
+    bodies, wordings = np.flatnonzero(is_body).tolist(), np.flatnonzero(~is_body).tolist()
     vectors = np.zeros((len(found), embedder.dim), dtype=np.float32)
 
     def after(n_before: int) -> Progress | None:
@@ -236,11 +277,10 @@ def build_index(
     vectors[wordings] = cache.embed(embedder, [found[n].text for n in wordings], as_query=True, progress=after(0))
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
-    names = names_of(passages)
-    _halve_names(found, vectors, names, embedder, cache)
+    tables = tables_of(passages, found)
+    _halve_names(found, vectors, tables.names, embedder, cache)
     calibration = calibration or load_calibration()
-    zh = sides_of(found)
-    is_body = np.array([unit.is_body for unit in found], dtype=bool)
+    zh = tables.zh
     means: dict[str, NDArray[np.float32]] = {}
     for lang in LANGS:
         for role, chosen in (
@@ -251,7 +291,7 @@ def build_index(
             vectors[chosen] = center(vectors[chosen], mean)
             means[lang] = mean  # of the wordings in the end: a query is one
     local = LocalVectors.build(vectors, zh)
-    return Index(passages, found, local, means, embedder.version, content_hash(passages), names)
+    return Index(passages, found, local, means, embedder.version, content_hash(passages), tables)
 
 
 def names_of(passages: Sequence[Passage]) -> tuple[str, ...]:
@@ -265,9 +305,22 @@ def names_of(passages: Sequence[Passage]) -> tuple[str, ...]:
     return common_names([passage.questions[0] if passage.questions else passage.title for passage in passages[::step]])
 
 
-def _halve_names(
-    found: Sequence[Unit], vectors: Vectors, names: Sequence[str], embedder: Embedder, cache: VectorCache
-) -> None:
+def tables_of(passages: Sequence[Passage], found: Units) -> Tables:
+    """Return the tables of `passages` and their `units`; blocks, about 0.1 ms a text."""
+    codes: dict[str, list[int]] = {}
+    for number, passage in enumerate(passages):
+        for code in sorted(passage_codes(passage)):
+            codes.setdefault(code, []).append(number)
+    return Tables.build(
+        (body_of(passage) for passage in passages),
+        sides_of((unit.text for unit in found), len(found), side_of),
+        ((wording, number) for number, passage in enumerate(passages) for wording in passage.questions),
+        codes,
+        names_of(passages),
+    )
+
+
+def _halve_names(found: Units, vectors: Vectors, names: Sequence[str], embedder: Embedder, cache: VectorCache) -> None:
     """Make the vector of every unit with one of `names` in it the mean of its own and of its text without them."""
     for is_body in (False, True):
         bare = {
@@ -283,11 +336,6 @@ def _halve_names(
 def side_of(text: str) -> str:
     """Return which of the two means belongs to `text`; what has no letters goes with English."""
     return detect_lang(text) or "en"
-
-
-def sides_of(found: Sequence[Unit]) -> NDArray[np.bool_]:
-    """Return for each unit whether its mean is the Chinese one, shape (n_units,)."""
-    return np.fromiter((side_of(unit.text) == "zh" for unit in found), dtype=np.bool_, count=len(found))
 
 
 def center(vectors: Vectors, mean: NDArray[np.float32]) -> Vectors:
@@ -325,7 +373,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if not all(type(manifest[name]) is kind for name, kind in wanted.items()):
             raise IndexDamaged(f"{folder.name}/{path.name} is not what was written")
         for name in manifest["sha256"]:
-            if name not in (PASSAGES_FILE, EXACT_FILE, *LIST_FILES.values()):
+            if name not in (PASSAGES_FILE, EXACT_FILE, *LIST_FILES.values(), *TABLE_FILES):
                 raise IndexDamaged(f"{folder.name} names a file that no snapshot has")
             _check_is_file(folder / name)
         return dict(manifest)
@@ -339,11 +387,14 @@ def _check_is_file(path: Path) -> None:
         raise IndexDamaged(f"{path.parent.name}/{path.name} is no file")
 
 
-def load_index(folder: Path, embedder: Embedder) -> Index:
+def load_index(
+    folder: Path, embedder: Embedder, passages: Sequence[Passage] | None = None, version: str | None = None
+) -> Index:
     """
     Read a snapshot. Blocks on disk.
 
-    Only files of known names are opened, and none is interpreted before its checksum is right.
+    Only files of known names are opened, and none is interpreted before its checksum is right. Who has read the store
+    already hands in its `passages` and their `version`, the `content_hash`: they are then not read again.
 
     Raises:
         IndexDamaged: a file is missing, changed or of another format or embedder; rebuild.
@@ -353,31 +404,29 @@ def load_index(folder: Path, embedder: Embedder) -> Index:
         raise IndexDamaged(f"{folder.name} was built by another version")
     try:
         sums = manifest["sha256"]
-        raw = (folder / PASSAGES_FILE).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != sums[PASSAGES_FILE]:
-            raise IndexDamaged(f"{folder.name}/{PASSAGES_FILE} is not what was written")
-        passages = [parse_passage(json.loads(line)) for line in raw.splitlines()]
+        raw = read_checked(folder / PASSAGES_FILE, sums[PASSAGES_FILE])
+        if passages is None or version is None:
+            passages = [parse_passage(json.loads(line)) for line in raw.splitlines()]
+            version = content_hash(passages)
+        del raw
         found = units(passages)
         means = {lang: np.array(manifest["means"][lang], dtype=np.float32) for lang in LANGS}
         if (
-            content_hash(passages) != manifest["knowledge"]
+            version != manifest["knowledge"]
             or len(found) != manifest["n_units"]
             or any(mean.shape != (embedder.dim,) or not np.isfinite(mean).all() for mean in means.values())
         ):
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
-        vectors = LocalVectors.load(folder, sums, sides_of(found), embedder.dim)
-        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"], names_of(passages))
+        tables = Tables.load(folder, sums, len(passages), len(found))
+        vectors = LocalVectors.load(folder, sums, tables.zh, embedder.dim)
+        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"], tables)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise IndexDamaged(f"{folder.name} cannot be read: {exc}") from exc
 
 
-def units(passages: Sequence[Passage]) -> list[Unit]:
+def units(passages: Sequence[Passage]) -> Units:
     """Return what of each passage can be matched, in its order: every wording, then one body."""
-    found: list[Unit] = []
-    for number, passage in enumerate(passages):
-        found.extend(Unit(number, wording, False) for wording in passage.questions)
-        found.append(Unit(number, body_of(passage), True))
-    return found
+    return Units(passages)
 
 
 def body_of(passage: Passage) -> str:
@@ -394,6 +443,8 @@ def body_of(passage: Passage) -> str:
 
 def passage_codes(passage: Passage) -> set[str]:
     """Return the article number and coupon code that name `passage`, folded."""
+    if "sku" not in passage.meta and "code" not in passage.meta:
+        return set()
     named = f"{passage.meta.get('sku', '')} {passage.meta.get('code', '')}"
     return codes(named) | {entry.lower() for entry in named.split() if len(entry) >= 4}
 

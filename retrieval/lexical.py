@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import threading
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.errors import IndexDamaged
 from retrieval.terms import Slot
 from retrieval.words import weight, words
 
@@ -46,25 +48,64 @@ class Lexical:
             numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
             found.extend(numbers)
             lengths.append(len(numbers))
-        self.n_texts = len(lengths)
-        self._vocabulary = vocabulary
+        n_texts = len(lengths)
         n_words = np.frombuffer(lengths, dtype=np.int32) if lengths else np.zeros(0, np.int32)
-        mean = float(n_words.mean()) if self.n_texts and n_words.any() else 1.0
+        mean = float(n_words.mean()) if n_texts and n_words.any() else 1.0
         norms = (K1 * (1 - B + B * n_words.astype(np.float32) / mean)).astype(np.float32)  # (n_texts,)
         # Word and text in one number, sorted: each word's texts lie together, in ascending order.
         pairs = np.frombuffer(found, dtype=np.int32).astype(np.int64) if found else np.zeros(0, np.int64)
         del found
-        pairs *= max(self.n_texts, 1)
-        pairs += np.repeat(np.arange(self.n_texts, dtype=np.int64), n_words)
+        pairs *= max(n_texts, 1)
+        pairs += np.repeat(np.arange(n_texts, dtype=np.int64), n_words)
         pairs.sort()
         starts = np.flatnonzero(np.diff(pairs, prepend=-1))
         n_times = np.diff(starts, append=len(pairs)).astype(np.float32)
         pairs = pairs[starts]
-        self._texts = (pairs % max(self.n_texts, 1)).astype(np.int32)
-        pairs //= max(self.n_texts, 1)
-        self._first = np.searchsorted(pairs, np.arange(len(vocabulary) + 1))  # of each word, in the postings
+        found_in = (pairs % max(n_texts, 1)).astype(np.int32)
+        pairs //= max(n_texts, 1)
+        first = np.searchsorted(pairs, np.arange(len(vocabulary) + 1))
         del pairs, starts
-        self._saturated = n_times * np.float32(K1 + 1) / (n_times + norms[self._texts])
+        saturated = n_times * np.float32(K1 + 1) / (n_times + norms[found_in])
+        self._take(n_texts, vocabulary, first, found_in, saturated)
+
+    @classmethod
+    def of(cls, n_texts: int, vocabulary: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> Lexical:
+        """
+        Return the index of `n_texts` texts that had this `vocabulary` and these `arrays()`.
+
+        Raises:
+            IndexDamaged: they do not fit each other.
+        """
+        first, texts, saturated = (arrays[f"words-{name}.npy"] for name in ("first", "texts", "saturated"))
+        numbers = {word: n for n, word in enumerate(vocabulary)}
+        good = all(isinstance(word, str) for word in numbers) and len(numbers) == len(vocabulary) == len(first) - 1
+        good = good and int(first[0]) == 0 and int(first[-1]) == len(texts) == len(saturated)
+        good = good and bool((np.diff(first) > 0).all())
+        good = good and (not len(texts) or (int(texts.min()) >= 0 and int(texts.max()) < n_texts))
+        good = good and (not len(texts) or (float(saturated.min()) > 0 and float(saturated.max()) <= K1 + 1))
+        if not good:
+            raise IndexDamaged("the words do not fit the snapshot")
+        lexical = cls.__new__(cls)
+        lexical._take(n_texts, numbers, first, texts, saturated)
+        return lexical
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what `of` needs beside the number of texts and the vocabulary: to be kept."""
+        return {"words-first.npy": self._first, "words-texts.npy": self._texts, "words-saturated.npy": self._saturated}
+
+    def _take(
+        self,
+        n_texts: int,
+        vocabulary: dict[str, int],
+        first: NDArray[np.int64],
+        texts: NDArray[np.int32],
+        saturated: NDArray[np.float32],
+    ) -> None:
+        self.n_texts = n_texts
+        self._vocabulary = vocabulary
+        self._first = first  # of each word, in the postings
+        self._texts = texts  # which texts have it, ascending
+        self._saturated = saturated  # what it gives to each of them, but for its idf
         n_with = np.diff(self._first)
         self._idf = np.log(1 + (self.n_texts - n_with + 0.5) / (n_with + 0.5))
         self._most = np.maximum.reduceat(self._saturated, self._first[:-1]) if len(vocabulary) else np.zeros(0)
@@ -122,13 +163,18 @@ class _Either(_Word):
     def __init__(self, text: str, readings: Sequence[tuple[NDArray[np.int32], NDArray[np.float32]]]) -> None:
         """Take each reading's texts (ascending) and what it adds to them."""
         self.text = text
+        self.gain = np.float32(1)
+        held = [reading for reading in readings if len(reading[0])]
+        if len(held) <= 1:
+            self.texts, self.saturated = (held or readings)[0]
+            self.most = float(self.saturated.max()) if held else 0.0
+            return
         texts = np.concatenate([found for found, _ in readings])
         order = np.argsort(texts, kind="stable")
         self.texts, firsts = np.unique(texts[order], return_index=True)
         added = np.concatenate([values for _, values in readings])[order]
-        self.saturated = np.maximum.reduceat(added, firsts) if len(firsts) else added
-        self.gain = np.float32(1)
-        self.most = float(self.saturated.max()) if len(firsts) else 0.0
+        self.saturated = np.maximum.reduceat(added, firsts)
+        self.most = float(self.saturated.max())
 
 
 class Query:
@@ -142,15 +188,18 @@ class Query:
     def __init__(self, index: Lexical, text: str, slots: Sequence[Slot] = ()) -> None:
         self._index = index
         self.most = 0.0
+        self._all: NDArray[np.float32] | None = None
         self._words: list[_Word] = []
-        left = dict.fromkeys(words(text))
+        written = words(text)
+        self.n_words = len(written)
+        left = dict.fromkeys(written)
         for slot in slots:
-            written = [word for word in dict.fromkeys(slot.written) if word in left]
-            either = self._read(written, slot) if written else None
+            there = [word for word in dict.fromkeys(slot.written) if word in left]
+            either = self._read(there, slot) if there else None
             if either is not None:
                 if len(either.texts):
                     self._words.append(either)
-                for word in written:
+                for word in there:
                     del left[word]
         self._take(left, self._words)
         # What can add most first: the rest may then be unable to change who is best.
@@ -189,14 +238,18 @@ class Query:
         return _Either(slot.shown, readings)
 
     def all(self) -> NDArray[np.float32]:
-        """Return the score of every text, shape (n_texts,)."""
-        scores = np.zeros(self._index.n_texts, dtype=np.float32)
-        for word in self._words:
-            scores[word.texts] += word.gain * word.saturated
-        return scores
+        """Return the score of every text, shape (n_texts,); not to be written to."""
+        if self._all is None:
+            scores = np.zeros(self._index.n_texts, dtype=np.float32)
+            for word in self._words:
+                scores[word.texts] += word.gain * word.saturated
+            self._all = scores
+        return self._all
 
     def of(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the scores of the texts `numbers`, shape (len(numbers),)."""
+        if self._all is not None:
+            return self._all[numbers]
         narrow = numbers.astype(np.int32)
         scores = np.zeros(len(numbers), dtype=np.float32)
         for word in self._words:
@@ -265,6 +318,9 @@ def _sum(found: Sequence[_Word], factor: float) -> tuple[NDArray[np.int32], NDAr
     """Return the texts (ascending) that have one of these words, and `factor` times what all of them add."""
     if not found:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    if len(found) == 1:
+        alone = (found[0].gain * found[0].saturated).astype(np.float64) * factor
+        return found[0].texts, alone.astype(np.float32)
     texts, places = np.unique(np.concatenate([word.texts for word in found]), return_inverse=True)
     added = np.concatenate([word.gain * word.saturated for word in found])
     sums = np.bincount(places, added, len(texts)) * factor

@@ -307,7 +307,7 @@ class LiveRetriever:
         version = content_hash(passages)
         folder = self._snapshots.place(version, self.embedder.version)
         try:
-            index = load_index(folder, self.embedder)
+            index = load_index(folder, self.embedder, passages, version)
             if live is not None and live.version == version:
                 index = live  # the same knowledge; what is on disk was only looked at, for damage
             self._remember(folder)

@@ -17,6 +17,7 @@ from retrieval.embedders import open_embedder
 from retrieval.errors import BadStore, Fault, RetrievalError
 from retrieval.vectorstore import VectorServer, connect_by_name
 
+TUNED = "tuned"  # in a store's folder, see tuning.py
 KEYS = ("embedder", "embedder_url", "vectors")
 
 
@@ -29,9 +30,22 @@ class RetrievalSettings:
     embedder_api_key: str | None = None
     vectors: str = "faiss"  # "faiss", "pgvector", or module:function that opens a LangChain VectorStore
     vectors_url: str | None = None
+    tuned: Path | None = None  # the folder of the store's tuning, which may hold the embedder fine-tuned (finetuned.py)
 
     def open_embedder(self, n_threads: int = 2) -> Embedder:
-        """Return the embedder; RetrievalError where there is none such, with the remedy."""
+        """
+        Return the embedder, as the store has fine-tuned it where it has.
+
+        Raises:
+            RetrievalError: there is none such; with the remedy.
+            BadStore: the fine-tuned one is damaged.
+        """
+        if self.tuned is not None and self.embedder.startswith("sentence-transformers:"):
+            from retrieval.finetuned import Finetuned  # and all that tuning needs; nobody else pays for it
+
+            finetuned = Finetuned(self.tuned).open(self.embedder)
+            if finetuned is not None:
+                return finetuned
         return open_embedder(self.embedder, n_threads, url=self.embedder_url, api_key=self.embedder_api_key)
 
     def open_vectors(self) -> VectorServer | None:
@@ -65,7 +79,8 @@ def load_settings(store_dir: Path | None, **given: str | None) -> RetrievalSetti
     """
     chosen: dict[str, str | None] = dict(_table(store_dir)) if store_dir is not None else {}
     chosen |= {name: value for name, value in given.items() if value}
-    return RetrievalSettings(**chosen)  # type: ignore[arg-type]  # checked below and by the callers' names
+    tuned = store_dir / TUNED if store_dir is not None else None
+    return RetrievalSettings(**chosen, tuned=tuned)  # type: ignore[arg-type]  # checked below and by the callers' names
 
 
 def _table(store_dir: Path) -> dict[str, str]:

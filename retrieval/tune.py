@@ -91,39 +91,26 @@ def tune(
         BadStore: too few questions, or none that this knowledge answers.
         RetrievalError: the embedder failed.
     """
-    bench = _Bench(problem, embedder, cache, progress)
-    answerable = [question for question in bench.questions if bench.keys_of(question)]
-    aside = [question for question in answerable if zlib.crc32(question.text.encode()) % HELD_OUT == 0]
-    rest = [question for question in answerable if zlib.crc32(question.text.encode()) % HELD_OUT]
-    if len(answerable) < N_LEAST or not aside:
-        problem_text = f"{len(answerable)} questions with an answer, at least {N_LEAST} are needed; add some"
-        raise BadStore([Fault("questions", None, None, problem_text)])
+    bench = Bench(problem, embedder, cache, progress)
+    answerable, aside, rest = bench.split()
     examples = bench.examples(rest)
     learned = fit_learned(examples, bench.plain.index, embedder, cache)
     weight = bench.best_weight(learned, examples)
     tuned = bench.retriever(bench.plain, learned, weight)
     before = [bench.outcome(bench.plain, question) for question in aside]
     after = [bench.outcome(tuned, question) for question in aside]
-    better = sum(new.rank == 1 != old.rank for new, old in zip(after, before, strict=True))
-    worse = sum(old.rank == 1 != new.rank for new, old in zip(after, before, strict=True))
-    luck = sign_test(better, worse)
-    kept = luck <= SURE and better > worse
+    compared = trial(before, after)
     fitted, curve, thresholds = bench.confidence(examples, weight, learned, risk)
     report: dict[str, Any] = {
         "n_questions": len(answerable),
         "n_held_out": len(aside),
         "weight": weight,
-        "untuned": _short(measures(before)),
-        "tuned": _short(measures(after)),
-        "better": better,
-        "worse": worse,
-        "p_by_luck": round(luck, 5),
-        "kept": kept,
+        **compared,
         "risk": risk,
         "thresholds": thresholds,
         "risk_curve": curve,
     }
-    if not kept:
+    if not report["kept"]:
         return None, report
     return (
         Tuning(
@@ -137,6 +124,21 @@ def tune(
         ),
         report,
     )
+
+
+def trial(before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how the questions kept aside came out without and with what was learned, and whether it is "kept"."""
+    better = sum(new.rank == 1 != old.rank for new, old in zip(after, before, strict=True))
+    worse = sum(old.rank == 1 != new.rank for new, old in zip(after, before, strict=True))
+    luck = sign_test(better, worse)
+    return {
+        "untuned": _short(measures(before)),
+        "tuned": _short(measures(after)),
+        "better": better,
+        "worse": worse,
+        "p_by_luck": round(luck, 5),
+        "kept": luck <= SURE and better > worse,
+    }
 
 
 def calibrate_store(
@@ -155,7 +157,7 @@ def calibrate_store(
         BadStore: too few questions.
         RetrievalError: the embedder failed.
     """
-    bench = _Bench(problem, embedder, cache, progress)
+    bench = Bench(problem, embedder, cache, progress)
     answerable = [question for question in bench.questions if bench.keys_of(question)]
     if len(answerable) < N_LEAST:
         problem_text = f"{len(answerable)} questions with an answer, at least {N_LEAST} are needed; add some"
@@ -186,7 +188,7 @@ def calibrate_store(
     return tuning, report
 
 
-class _Bench:
+class Bench:
     """One store's questions with the untuned retriever they are put to."""
 
     def __init__(self, problem: Problem, embedder: Embedder, cache: VectorCache, progress: Progress | None) -> None:
@@ -199,6 +201,21 @@ class _Bench:
         texts = [question.text for question in self.questions]
         vectors = cache.embed(embedder, texts, as_query=True, progress=progress)
         self.vectors = dict(zip(texts, vectors, strict=True))
+
+    def split(self) -> tuple[list[Question], list[Question], list[Question]]:
+        """
+        Return the questions with an answer, those of them kept aside, and the rest, which is learned from.
+
+        Raises:
+            BadStore: there are too few.
+        """
+        answerable = [question for question in self.questions if self.keys_of(question)]
+        aside = [question for question in answerable if zlib.crc32(question.text.encode()) % HELD_OUT == 0]
+        rest = [question for question in answerable if zlib.crc32(question.text.encode()) % HELD_OUT]
+        if len(answerable) < N_LEAST or not aside:
+            problem_text = f"{len(answerable)} questions with an answer, at least {N_LEAST} are needed; add some"
+            raise BadStore([Fault("questions", None, None, problem_text)])
+        return answerable, aside, rest
 
     def keys_of(self, question: Question) -> set[str]:
         """Return the twin keys of what answers `question` and is in the knowledge."""

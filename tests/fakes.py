@@ -28,6 +28,7 @@ class ScriptedEngine:
     """
 
     name = "scripted"
+    adapter: str | None = None
     max_prompt_tokens = 4096
 
     def __init__(
@@ -109,6 +110,7 @@ class ScriptedAnswerer:
         self.asked: list[str] = []
         self.histories: list[list[Turn]] = []
         self.locales: list[str | None] = []
+        self.releases: list[str | None] = []  # who was to answer, call by call
         self.n_open = 0
         self.n_aborted = 0  # closed or cancelled before their reply
 
@@ -116,9 +118,16 @@ class ScriptedAnswerer:
         return RELEASE
 
     async def answer(
-        self, history: Sequence[Turn], question: str, *, locale: str | None = None, stop: asyncio.Event | None = None
+        self,
+        history: Sequence[Turn],
+        question: str,
+        *,
+        locale: str | None = None,
+        stop: asyncio.Event | None = None,
+        release: str | None = None,
     ) -> AsyncGenerator[Phase | Delta | Reply, None]:
         stop = stop or asyncio.Event()
+        self.releases.append(release)
         self.asked.append(question)
         self.histories.append(list(history))
         self.locales.append(locale)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from bot.agents.records import Records
 from bot.attachments import AttachmentStore
 from bot.conversations import ConversationHub
 from bot.engine import Engine
+from bot.fine_tuning_api import FineTuning
 from bot.identity import Identities
 from bot.metrics import Metrics
 from bot.server import IndexStatus, Parts, Server, ServerLimits, create_app, listening_socket, uvicorn_config
@@ -90,6 +91,7 @@ def parts_of(
     store: StoreProfile | None = None,
     identity_secret: str | None = None,
     api_key: str | None = None,
+    fine_tuning: tuple[FineTuning, Callable[[], Awaitable[None]]] | None = None,
     **hub_options: Any,
 ) -> Parts:
     """Return the parts of a server around fakes; with `agents` there is an inbox."""
@@ -123,6 +125,8 @@ def parts_of(
         attachments=AttachmentStore(database.parent / "attachments") if attachments else None,
         desk=desk if agents else None,
         identities=Identities(identity_secret),
+        fine_tuning=fine_tuning and fine_tuning[0],
+        jobs=() if fine_tuning is None else (fine_tuning[1],),
         api_key=api_key,
         limits=limits or ServerLimits(coalesce_s=0.0, drain_s=1.0, reconnect_after_ms=(50, 150)),
     )

@@ -57,6 +57,8 @@ class _TryAgain(Exception):
 class OpenAIEngine:
     """Generates at `base_url` (with its /v1). `name` is for the release; the model's where not given."""
 
+    adapter: str | None = None
+
     def __init__(
         self,
         base_url: str,

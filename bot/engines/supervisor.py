@@ -17,19 +17,30 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol
 
 from bot.engine import Chunk, Engine, EngineState, Sampling
-from bot.errors import EngineDead, EngineNotReady, MerchantError
+from bot.errors import EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
 
 logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT_S = 2.0  # a health check that takes longer counts as failed
+FIRST_PROMPT_TIMEOUT_S = 180.0  # beside an engine that answers everybody, on two cores
 
 
 class MortalEngine(Engine, Protocol):
-    """An engine that can say that it is dead."""
+    """An engine that can say that it is dead, and that may serve adapters beside its model."""
 
     async def check_health(self) -> None:
         """Return where replies work; raise EngineDead where none will. Must be quick."""
+        ...
+
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate a reply, as `bot.engine.Engine` promises; with an adapter that was added, where one is named."""
+        ...
+
+    async def warm(self, messages: Sequence[Message], *, adapter: str | None = None) -> None:
+        """Fill the prefix cache with what every prompt begins with."""
         ...
 
 
@@ -37,20 +48,25 @@ class SupervisedEngine:
     """
     The engines a factory makes, one after the other, as one.
 
-    `on_ready` is awaited with each new engine before it counts as ready (to warm its cache); it may fail.
+    `on_ready` is awaited with each new engine before it counts as ready: to try a prompt, and warm its cache with it.
+    Where it raises, the engine has not started. `first_tries`: so many starts may fail before the first that works;
+    None is no limit. After that it is started anew for ever.
     """
+
+    adapter: str | None = None
 
     def __init__(
         self,
         factory: Callable[[], MortalEngine],
         *,
         on_ready: Callable[[MortalEngine], Awaitable[None]] | None = None,
+        first_tries: int | None = None,
         check_interval_s: float = 1.0,
         first_wait_s: float = 1.0,
         longest_wait_s: float = 60.0,
     ) -> None:
         self._factory = factory
-        self._on_ready = on_ready
+        self._on_ready, self._tries_left = on_ready, first_tries
         self._check_interval_s = check_interval_s
         self._first_wait_s, self._longest_wait_s = first_wait_s, longest_wait_s
         self._engine = factory()
@@ -59,7 +75,7 @@ class SupervisedEngine:
         self._ready = asyncio.Event()
         self._outage: EngineState | None = EngineState(False, "none")  # None while the engine speaks for itself
         self._n_restarts = 0
-        self._failure = ""  # why the supervisor gave up
+        self._failure: Exception | None = None  # why the supervisor gave up
 
     @property
     def name(self) -> str:
@@ -82,6 +98,7 @@ class SupervisedEngine:
 
         Raises:
             MerchantError: it never will, for instance because the folder holds no model.
+            Exception: of the last start, where `first_tries` have failed.
         """
         assert self._task is not None, "call start() first"
         ready = asyncio.ensure_future(self._ready.wait())
@@ -90,7 +107,7 @@ class SupervisedEngine:
         finally:
             ready.cancel()
         if not self._ready.is_set():
-            raise MerchantError(self._failure or "the engine was closed")
+            raise self._failure or EngineDead("the engine was closed")
 
     async def close(self) -> None:
         if self._task is not None:
@@ -99,7 +116,7 @@ class SupervisedEngine:
                 await self._task
         self._ready.clear()
         await self._engine.close()
-        self._outage = EngineState(False, "stopped", self._failure)
+        self._outage = EngineState(False, "stopped", str(self._failure or ""))
 
     async def _supervise(self) -> None:
         wait_s = self._first_wait_s
@@ -110,17 +127,21 @@ class SupervisedEngine:
                     self._engine = self._factory()
                     self._outage = None
                 await self._engine.start()
+                await self._try_out()
             except MerchantError as exc:
-                logger.error("the engine cannot start: %s", exc)
-                self._failure = str(exc)
-                self._outage = EngineState(False, "stopped", self._failure)
+                self._give_up(exc)
                 return
-            except Exception:
+            except Exception as exc:
+                if self._tries_left is not None:
+                    self._tries_left -= 1
+                    if self._tries_left == 0:
+                        self._give_up(exc)
+                        return
                 logger.exception("the engine did not start")
             else:
                 # 2) Watch it until it dies.
                 began = time.monotonic()
-                await self._warm()
+                self._tries_left = None
                 self._ready.set()
                 reason = await self._until_dead()
                 self._ready.clear()
@@ -136,12 +157,19 @@ class SupervisedEngine:
             await asyncio.sleep(wait_s * random.uniform(0.75, 1.25))
             wait_s = min(2 * wait_s, self._longest_wait_s)
 
-    async def _warm(self) -> None:
-        if self._on_ready is not None:
-            try:
+    def _give_up(self, error: Exception) -> None:
+        logger.error("the engine cannot start: %s", error)
+        self._failure = error
+        self._outage = EngineState(False, "stopped", str(error))
+
+    async def _try_out(self) -> None:
+        if self._on_ready is None:
+            return
+        try:
+            async with asyncio.timeout(FIRST_PROMPT_TIMEOUT_S):
                 await self._on_ready(self._engine)
-            except Exception:
-                logger.warning("the engine's first prompt failed", exc_info=True)
+        except TimeoutError:
+            raise EngineFailed(f"no reply to the first prompt in {FIRST_PROMPT_TIMEOUT_S:.0f} s") from None
 
     async def _until_dead(self) -> str:
         """Return why, once a check has failed."""
@@ -159,14 +187,16 @@ class SupervisedEngine:
                     await self._look_now.wait()
             self._look_now.clear()
 
-    async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
-        """Generate a reply, as `bot.engine.Engine` promises."""
+    async def stream(
+        self, messages: Sequence[Message], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate a reply, as `bot.engine.Engine` promises; all of it by the engine of the moment."""
         if self._outage is not None:
             raise self._not_ready(self._outage)
         if not self._ready.is_set():
             raise self._not_ready(self._engine.state())
         try:
-            async with contextlib.aclosing(self._engine.stream(messages, sampling)) as chunks:
+            async with contextlib.aclosing(self._engine.stream(messages, sampling, adapter=adapter)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except EngineDead:
@@ -186,7 +216,7 @@ class SupervisedEngine:
         if self._n_restarts and not self._ready.is_set() and state.phase != "stopped":
             return EngineState(False, "restarting", state.detail)
         if state.ready and not self._ready.is_set():
-            return EngineState(False, "starting", "warming the cache")
+            return EngineState(False, "starting", "trying its first prompt")
         return state
 
     def count_tokens(self, messages: Sequence[Message]) -> int:

@@ -17,16 +17,18 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,6 +39,7 @@ from bot.messages import Finish, Message
 
 logger = logging.getLogger(__name__)
 
+_LOADING = threading.Lock()  # held by the engine of this process that is being loaded
 LIVENESS_INTERVAL_S = 0.25  # how often the engine's own thread looks whether the child process lives
 SHUTDOWN_TIMEOUT_S = 10.0  # for the child to end by itself, before it is killed
 
@@ -74,6 +77,8 @@ class Profile:
     preload: bool = False  # tcmalloc and libiomp5 for the child process
     nice: int = 0  # of the child process: lets the server's event loop go first
     stall_s: float = 180.0  # this long without a token for anybody, and the engine counts as dead
+    max_loras: int = 0  # adapters that are served at the same time, loaded while it runs; 0: none are
+    max_lora_rank: int = 32  # room for each of them; one of vLLM's sizes (1, 8, 16, 32, 64 …)
 
     def changed(self, overrides: Mapping[str, Any]) -> Profile:
         """Return this profile with some fields set, as in the setting `vllm`."""
@@ -115,6 +120,9 @@ def cuda_profile() -> Profile:
         max_num_batched_tokens=8192,
         max_num_queued_reqs=384,
         gpu_memory_utilization=0.90,
+        # The release, the one before it while that drains, and two of an experiment. On CPU vLLM gathers each token's
+        # adapter in PyTorch, which costs ten times the prefill: there weights are merged.
+        max_loras=4,
     )
 
 
@@ -164,7 +172,78 @@ def engine_arguments(profile: Profile, model_dir: Path) -> dict[str, Any]:
             "prompt_lookup_min": profile.lookup_min,
             "prompt_lookup_max": profile.lookup_max,
         }
+    if profile.max_loras:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": profile.max_loras,
+            "max_cpu_loras": profile.max_loras,  # what drops out of here would be read from disk in mid-request
+            "max_lora_rank": profile.max_lora_rank,
+        }
     return arguments
+
+
+CORE_BYTES = 1 << 30  # of an engine core beside weights and cache: libraries, buffers of a step (0.8 GB measured)
+
+
+def shortage(profile: Profile, model_dir: Path) -> str | None:
+    """
+    Return why there is no room for one more engine with this model now, in one sentence; None where there is.
+
+    Measured before anything is loaded: on CPU what the kernel has to give against weights and cache; on CUDA what each
+    GPU has free against the share that vLLM would take.
+    """
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    if profile.device == "cuda":
+        share = profile.gpu_memory_utilization or 0.9
+        for n, (total, free) in enumerate(_gpu_memory()[: profile.tensor_parallel_size]):
+            if free < share * total:
+                return (
+                    f"a second engine takes {share * total / 1e9:.1f} GB of GPU {n}, and {free / 1e9:.1f} GB are free "
+                    f"(weights {weights / 1e9:.1f} GB): restart the server, or lower gpu_memory_utilization"
+                )
+        return None
+    needed = weights + (profile.kv_cache_memory_bytes or 4 << 30) + CORE_BYTES
+    if (free := available_memory()) < needed:
+        return (
+            f"a second engine needs {needed / 1e9:.1f} GB beside the first (weights {weights / 1e9:.1f} GB), and "
+            f"{free / 1e9:.1f} GB are free: free some, or restart the server"
+        )
+    return None
+
+
+def available_memory() -> int:
+    """Return how many bytes more this process and its children may use: of the machine, and of its control group."""
+    available = sys.maxsize
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        # Pages of files count as used there, and are given back when somebody needs them.
+        files = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        available = min(available, limit - used + files)
+    return available
+
+
+def _gpu_memory() -> list[tuple[int, int]]:
+    """Return (total, free) bytes of each GPU this process sees, by the driver: a context of our own costs 0.5 GB."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        ran = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        rows = [[cell.strip() for cell in line.split(",")] for line in ran.stdout.splitlines() if line.strip()]
+        seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        if seen:  # in its order, by number or by name
+            rows = [row for name in seen for row in rows if name == row[0] or row[1].startswith(name)]
+        return [(int(row[2]) << 20, int(row[3]) << 20) for row in rows]
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as exc:
+        logger.warning("nvidia-smi gave no answer (%s): whether a second engine has room is not known", exc)
+        return []
 
 
 def vllm_environment(profile: Profile) -> dict[str, str]:
@@ -349,8 +428,10 @@ class VllmEngine:
     Generates with a model folder (safetensors, tokenizer, chat template).
 
     One `start()` in its life: make a new one after `close()` or death. `stream()` may be used from any number of event
-    loops; `start()` and `close()` from one.
+    loops; `start()` and `close()` from one. Several may live in one process; they load one after the other.
     """
+
+    adapter: str | None = None
 
     def __init__(self, model_dir: Path, name: str, profile: Profile | None = None) -> None:
         self.name = name
@@ -366,7 +447,10 @@ class VllmEngine:
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()  # a tokenizer keeps state while it encodes ("Already borrowed")
         self._outlets: dict[asyncio.Task[Any], _Outlet] = {}  # of requests under way; touched on the engine's thread
-        self._not_ours: set[int | None] = set()  # child processes that were there before our start
+        self._loading = False  # our child process may be among those that are starting
+        self._not_ours: set[int | None] = set()  # child processes that were there before our loading
+        self._adapters: dict[str, Any] = {}  # vllm.lora.request.LoRARequest by the release's name
+        self._adapter_ids = itertools.count(1)  # of its own for each, never used again
         self._figures = _Figures()
         self._progress_at = time.monotonic()  # when vLLM last gave a token, or had nothing to do
         self._reply_s = 5.0  # running mean of how long a reply takes, for retry_after_s
@@ -382,11 +466,12 @@ class VllmEngine:
         """
         assert self._thread is None, "an engine is started once"
         self._phase = EngineState(False, "starting", "importing vLLM")
-        self._not_ours = {child.pid for child in multiprocessing.active_children()}
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
-        await asyncio.shield(asyncio.wrap_future(started))
+        waiting = asyncio.wrap_future(started)
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # who was cancelled hears no error
+        await asyncio.shield(waiting)
 
     async def close(self) -> None:
         """Abort what is under way and end the child process; returns when both are gone. May be called twice."""
@@ -395,8 +480,8 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):  # it ended by itself meanwhile
                 self._loop.call_soon_threadsafe(lambda: None)  # wake it
         if self._thread is not None:
-            if self._llm is None:
-                self._kill_children()  # still loading, which cannot be interrupted: let it fail
+            if self._llm is None and self._loading:
+                self._kill_children()  # which cannot be interrupted otherwise: let it fail
             await asyncio.to_thread(self._thread.join)
         self._phase = EngineState(False, "stopped")
 
@@ -414,7 +499,7 @@ class VllmEngine:
     async def _serve(self, started: concurrent.futures.Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         try:
-            llm = self._load()
+            llm = self._load_alone()
         except Exception as exc:
             self._phase = EngineState(False, "stopped", "could not start")
             error = EngineFailed(f"vLLM could not start with {self.model_dir.name!r}: {exc}")
@@ -444,6 +529,20 @@ class VllmEngine:
             # Collected here and now: at the interpreter's end AsyncLLM.__del__ fails, its module being half gone.
             self._llm = llm = None
             gc.collect()
+
+    def _load_alone(self) -> Any:
+        """Load while no other engine of this process does: the child's environment and the children are everybody's."""
+        self._phase = EngineState(False, "starting", "waiting for another engine to load")
+        while not _LOADING.acquire(timeout=LIVENESS_INTERVAL_S):
+            if self._closing.is_set():
+                raise EngineFailed("the engine was closed while it started")
+        try:
+            self._not_ours = {child.pid for child in multiprocessing.active_children()}
+            self._loading = True
+            return self._load()
+        finally:
+            self._loading = False
+            _LOADING.release()
 
     def _load(self) -> Any:
         """Import vLLM and build the AsyncLLM. Blocks for 40 s and more; must run where the loop is running."""
@@ -500,22 +599,30 @@ class VllmEngine:
 
     # Replies
 
-    async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+    async def stream(
+        self, messages: Sequence[Message], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         """
         Generate a reply, as `bot.engine.Engine` promises. Chunks end between characters, never within one.
+
+        Args:
+            adapter: name of one that was added; None for the model as it is.
 
         Raises:
             ValueError: the prompt leaves no room for a reply; cut it by `count_tokens` and `max_prompt_tokens`.
         """
         if self._loop is None or not self._phase.ready:
             raise self._not_ready()
+        lora = self._adapters.get(adapter) if adapter is not None else None
+        if adapter is not None and lora is None:
+            raise EngineFailed(f"no adapter {adapter!r} is loaded")
         prompt = self._encode(messages)
         room = self.max_model_len - len(prompt)
         if room < 1:
             raise ValueError(f"the prompt has {len(prompt)} tokens; the limit is {self.max_prompt_tokens}")
         outlet = _Outlet(asyncio.get_running_loop())
         try:
-            job = asyncio.run_coroutine_threadsafe(self._generate(prompt, sampling, room, outlet), self._loop)
+            job = asyncio.run_coroutine_threadsafe(self._generate(prompt, sampling, room, outlet, lora), self._loop)
         except RuntimeError as exc:  # its loop was closed since
             raise EngineDead("the engine has stopped") from exc
         try:
@@ -532,7 +639,9 @@ class VllmEngine:
             return EngineDead(self._phase.detail or "the engine has stopped")
         return EngineNotReady(self._phase.detail or "the engine was not started")
 
-    async def _generate(self, prompt: list[int], sampling: Sampling, room: int, outlet: _Outlet) -> None:
+    async def _generate(
+        self, prompt: list[int], sampling: Sampling, room: int, outlet: _Outlet, lora: Any = None
+    ) -> None:
         """On the engine's loop: run one request into its outlet. Cancelling it aborts the request."""
         v = self._vllm
         task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -549,7 +658,9 @@ class VllmEngine:
                 seed=sampling.seed,
                 output_kind=v.RequestOutputKind.DELTA,
             )
-            outputs = self._llm.generate(v.tokens_input(prompt), params, uuid.uuid4().hex, priority=sampling.priority)
+            outputs = self._llm.generate(
+                v.tokens_input(prompt), params, uuid.uuid4().hex, lora_request=lora, priority=sampling.priority
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     self._progress_at = time.monotonic()
@@ -577,11 +688,55 @@ class VllmEngine:
         rounds = self.unfinished() / self.profile.max_num_seqs
         return round(min(60.0, max(1.0, rounds * self._reply_s)), 1)
 
-    async def warm(self, messages: Sequence[Message]) -> None:
+    async def warm(self, messages: Sequence[Message], *, adapter: str | None = None) -> None:
         """Run a prompt and forget the reply, so that later prompts with the same beginning find it in the cache."""
-        async with contextlib.aclosing(self.stream(messages, Sampling(max_tokens=1, priority=10))) as chunks:
+        sampling = Sampling(max_tokens=1, priority=10)
+        async with contextlib.aclosing(self.stream(messages, sampling, adapter=adapter)) as chunks:
             async for _ in chunks:
                 pass
+
+    # Adapters
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
+        """
+        Load the LoRA in `folder` for requests to come, under a name that no other weights ever had or will have.
+
+        vLLM's prefix cache tells adapters apart by name and path, so both must stand for the same weights for ever.
+        Nothing under way is disturbed.
+
+        Raises:
+            EngineFailed: vLLM refuses it, for instance because of its rank.
+            EngineDead, EngineNotReady: there is no engine to load it.
+        """
+        if name in self._adapters:
+            raise EngineFailed(f"adapter {name!r} is loaded already")
+        if len(self._adapters) >= self.profile.max_loras:
+            raise EngineFailed(f"{len(self._adapters)} adapters are loaded, and max_loras is {self.profile.max_loras}")
+        if self._loop is None or not self._phase.ready:
+            raise self._not_ready()
+        request = self._vllm.LoRARequest(name, next(self._adapter_ids), str(folder))
+        await self._on_engine(self._add(request))
+        self._adapters[name] = request
+
+    async def _add(self, request: Any) -> None:
+        if not await self._llm.add_lora(request) or request.lora_int_id not in await self._llm.list_loras():
+            raise EngineFailed(f"vLLM did not load adapter {request.lora_name!r}")
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses any more; nothing where it is not loaded."""
+        request = self._adapters.pop(name, None)
+        if request is not None and self._phase.ready:
+            await self._on_engine(self._llm.remove_lora(request.lora_int_id))
+
+    async def _on_engine(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Await `work` on the engine's loop; what vLLM raises becomes EngineFailed, or EngineDead where it died."""
+        assert self._loop is not None
+        try:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        except EngineFailed:
+            raise
+        except Exception as exc:
+            raise (EngineDead(str(exc)) if self._is_dead() else EngineFailed(f"{type(exc).__name__}: {exc}")) from exc
 
     # Figures
 
@@ -666,6 +821,7 @@ def _import_vllm() -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.exceptions import GracefulHTTPError
     from vllm.inputs import tokens_input
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -676,6 +832,7 @@ def _import_vllm() -> Any:
         AutoTokenizer=AutoTokenizer,
         EngineDeadError=EngineDeadError,
         GracefulHTTPError=GracefulHTTPError,
+        LoRARequest=LoRARequest,
         RequestOutputKind=RequestOutputKind,
         SamplingParams=SamplingParams,
         tokens_input=tokens_input,

@@ -173,7 +173,13 @@ class Outcomes(ScriptedAnswerer):
         self.outcomes = list(outcomes)
 
     async def answer(
-        self, history: Sequence[Turn], question: str, *, locale: str | None = None, stop: asyncio.Event | None = None
+        self,
+        history: Sequence[Turn],
+        question: str,
+        *,
+        locale: str | None = None,
+        stop: asyncio.Event | None = None,
+        release: str | None = None,
     ) -> AsyncGenerator[Phase | Delta | Reply, None]:
         yield Delta("so")
         yield reply_with("so", self.outcomes.pop(0))

@@ -9,81 +9,22 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from bot.engine import Chunk, EngineState, Sampling
+from bot.engine import EngineState, Sampling
 from bot.engines.supervisor import SupervisedEngine
 from bot.engines.vllm import VllmEngine
 from bot.errors import EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
+from tests.engines.frail import Maker
 from tests.engines.tiny_model import REPLY, needs_vllm, tiny_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = [Message("user", "hello")]
-
-
-class FrailEngine:
-    """Says "alive" word by word until it is killed; `start` fails as often as told."""
-
-    name = "frail"
-    max_prompt_tokens = 100
-
-    def __init__(self, start_error: Exception | None = None) -> None:
-        self.start_error = start_error
-        self.dead = asyncio.Event()
-        self.hangs = self.closed = False
-        self._state = EngineState(False, "none")
-
-    async def start(self) -> None:
-        self._state = EngineState(False, "starting", "loading")
-        await asyncio.sleep(0.01)
-        if self.start_error:
-            raise self.start_error
-        self._state = EngineState(True, "ready")
-
-    async def check_health(self) -> None:
-        if self.hangs:
-            await asyncio.sleep(60)
-        if self.dead.is_set():
-            raise EngineDead("killed")
-
-    async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
-        for _ in range(sampling.max_tokens):
-            yield Chunk("alive ", n_tokens=1)
-            await asyncio.sleep(0.01)
-            if self.dead.is_set():
-                raise EngineDead("killed")
-        yield Chunk("", "stop")
-
-    async def close(self) -> None:
-        self.dead.set()
-        self.closed = True
-        self._state = EngineState(False, "stopped")
-
-    def state(self) -> EngineState:
-        return self._state
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        return len(messages)
-
-    def figures(self) -> dict[str, float]:
-        return {"running": 0.0}
-
-
-class Maker:
-    """A factory that remembers what it made."""
-
-    def __init__(self, *start_errors: Exception | None) -> None:
-        self.errors = list(start_errors)
-        self.made: list[FrailEngine] = []
-
-    def __call__(self) -> FrailEngine:
-        self.made.append(FrailEngine(self.errors.pop(0) if self.errors else None))
-        return self.made[-1]
 
 
 async def text_of(engine: SupervisedEngine, sampling: Sampling | None = None) -> str:
@@ -186,17 +127,40 @@ class TestWithAMadeUpEngine:
         assert len(maker.made) == 1
         await engine.close()
 
-    async def test_the_first_prompt_runs_before_the_engine_is_ready_and_may_fail(self) -> None:
+    async def test_an_engine_is_ready_once_its_first_prompt_was_answered(self) -> None:
         seen: list[str] = []
 
-        async def warm(engine: object) -> None:
+        async def first_prompt(engine: object) -> None:
             seen.append(supervised.state().detail)
-            raise EngineFailed("cold")
+            if len(seen) == 1:
+                raise EngineFailed("nothing but noise")
 
-        supervised = SupervisedEngine(Maker(), on_ready=warm, check_interval_s=0.05)
+        maker = Maker()
+        supervised = SupervisedEngine(maker, on_ready=first_prompt, check_interval_s=0.05, first_wait_s=0.05)
         await supervised.start()
         await supervised.wait_ready()
-        assert seen == ["warming the cache"]
+        assert seen == ["trying its first prompt", ""]  # of the second engine it is said that it restarts
+        assert len(maker.made) == 2
+        assert maker.made[0].closed
+        assert await text_of(supervised) == "alive alive alive "
+        await supervised.close()
+
+    async def test_with_a_limit_of_first_tries_it_gives_up_and_says_why_but_restarts_what_once_worked(self) -> None:
+        maker = Maker(EngineFailed("no memory"), EngineFailed("still none"))
+        supervised = SupervisedEngine(maker, first_tries=2, check_interval_s=0.05, first_wait_s=0.01)
+        await supervised.start()
+        with pytest.raises(EngineFailed, match="still none"):
+            await supervised.wait_ready()
+        assert supervised.state() == EngineState(False, "stopped", "still none")
+        await supervised.close()
+
+        maker = Maker(None, EngineFailed("no memory"))
+        supervised = SupervisedEngine(maker, first_tries=1, check_interval_s=0.05, first_wait_s=0.01)
+        await supervised.start()
+        await supervised.wait_ready()
+        maker.made[0].dead.set()
+        await until(lambda: len(maker.made) == 3, 5)
+        await supervised.wait_ready()
         assert await text_of(supervised) == "alive alive alive "
         await supervised.close()
 

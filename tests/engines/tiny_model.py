@@ -41,8 +41,8 @@ def pieces_of(text: str) -> list[bytes]:
     return [data[i : i + N_PIECE_BYTES] for i in range(0, len(data), N_PIECE_BYTES)]
 
 
-def build(folder: Path) -> Path:
-    """Write the model into `folder` and return it. The same bytes each time."""
+def build(folder: Path, reply: str = REPLY) -> Path:
+    """Write the model that replies `reply` into `folder` and return it. The same bytes each time."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -53,7 +53,7 @@ def build(folder: Path) -> Path:
     # 1) Vocabulary: 256 bytes, the pieces of both texts (each piece once), the special tokens.
     vocabulary: dict[str, int] = {letters[b]: b for b in range(256)}
     chains: list[list[int]] = []
-    for text in (REPLY, ENDLESS):
+    for text in (reply, ENDLESS):
         chain = []
         for n, piece in enumerate(pieces_of(text)):
             token = "".join(letters[b] for b in piece)
@@ -72,12 +72,12 @@ def build(folder: Path) -> Path:
     fast.save_pretrained(folder)
 
     # 2) What follows what.
-    reply, endless = chains
+    replies, endless = chains
     end = int(tokenizer.token_to_id("<|im_end|>") or 0)
-    follows = dict(zip(reply, [*reply[1:], end], strict=True)) | dict(
+    follows = dict(zip(replies, [*replies[1:], end], strict=True)) | dict(
         zip(endless, [*endless[1:], endless[0]], strict=True)
     )
-    for opening, chain in (("<|reply|>", reply), ("<|endless|>", endless)):
+    for opening, chain in (("<|reply|>", replies), ("<|endless|>", endless)):
         follows[int(tokenizer.token_to_id(opening) or 0)] = chain[0]
 
     # 3) The weights that say so.

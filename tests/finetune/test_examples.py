@@ -118,3 +118,19 @@ def test_an_epoch_holds_every_example_once_within_its_bounds(packing: bool) -> N
         assert sum(lengths) / (256 * len(rows)) > 0.9  # rows are full
     assert steps == plan_epoch(lengths, row_tokens=256, batch_tokens=1024, packing=packing, seed=3, epoch=1)
     assert steps != plan_epoch(lengths, row_tokens=256, batch_tokens=1024, packing=packing, seed=3, epoch=2)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_has_as_many_examples_as_are_asked_for(packing: bool) -> None:
+    rng = random.Random(2)
+    lengths = [rng.randint(5, 200) for _ in range(50)]
+    steps = plan_epoch(
+        lengths, row_tokens=256, batch_tokens=1024, packing=packing, seed=3, epoch=1, batch_examples=8
+    )  # fmt: skip
+    assert [sum(map(len, step)) for step in steps] == [8, 8, 8, 8, 8, 8, 2]
+    assert sorted(n for step in steps for row in step for n in row) == list(range(50))
+    assert all(
+        (sum if packing else lambda r: len(r) * max(r))([lengths[n] for n in row]) <= 256
+        for step in steps
+        for row in step
+    )

@@ -95,6 +95,30 @@ def test_a_release_is_never_written_twice(
     assert {p: p.stat().st_mtime_ns for p in releases.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
+def test_a_staged_release_is_there_and_not_the_current_one(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, releases = own(made, tmp_path, "good"), tmp_path / "releases"
+    command = ["publish", "--run", str(run), "--releases", str(releases)]
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))["sha256"]
+    replay = {"result_sha256": result, "current": None, "verdict": {"passed": False, "reasons": ["it says less"]}}
+    (run / "replay.json").write_text(json.dumps(replay))
+    assert main([*command, "--stage"]) == 2
+    assert "the replay was not passed: it says less" in capsys.readouterr().err
+    (run / "replay.json").write_text(json.dumps(replay | {"verdict": {"passed": True, "reasons": []}}))
+
+    releases.mkdir(exist_ok=True)
+    (releases / "experiment.json").write_text("{}")
+    assert main(command) == 2  # it would change what the experiment compares with
+    assert "an experiment is running" in capsys.readouterr().err
+    assert main([*command, "--stage", "--json"]) == 0
+    name = json.loads(capsys.readouterr().out)["name"]
+    assert not (releases / "current.json").exists()
+    assert (releases / name / "replay.json").exists()
+    assert main(["rollback", "--to", name, "--releases", str(releases)]) == 0
+    assert json.loads((releases / "current.json").read_text()) == {"release": name, "previous": []}
+
+
 def test_what_was_not_evaluated_or_did_not_win_is_not_published(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,8 +207,9 @@ def test_a_gate_that_measured_nothing_does_not_open() -> None:
     )
     worse = {
         "n_held_out": 50,
-        "candidate": {"refusal_accuracy": 0.8},
+        "candidate": {},
         "against": {"base": {"perplexity_change": better}},
+        "cases": {"shop": {"against": {}, "contestants": {"candidate": {"refusal_accuracy": 0.8}}}},
     }
     assert "refusal_accuracy 0.800" in judge(worse, Gate(min_refusal_accuracy=0.9))["reasons"][0]
 

@@ -19,11 +19,12 @@ from retrieval.errors import IndexDamaged
 from retrieval.index import build_index, load_index
 from retrieval.passages import Passage
 from retrieval.retriever import LiveRetriever
+from retrieval.tables import FILES
 from retrieval.vectors import LISTED_UNITS, LocalVectors
 from tests.retrieval.conftest import NOW, HashingEmbedder
 
 N_MUTANTS = 300
-NAMES = ("manifest.json", "passages.jsonl", "vectors.faiss")
+NAMES = ("manifest.json", "passages.jsonl", "vectors.faiss", *FILES)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def mutate(folder: Path, chance: random.Random) -> str:
         raw[start : start + 16] = bytes(16) if raw[start : start + 16] != bytes(16) else b"\xff" * 16
         path.write_bytes(raw)
     elif how == "swapped":
-        other = folder / NAMES[(NAMES.index(path.name) + 1) % 3]
+        other = folder / NAMES[(NAMES.index(path.name) + 1) % len(NAMES)]
         path.write_bytes(other.read_bytes())
     elif how == "gone":
         path.unlink()

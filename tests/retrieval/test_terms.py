@@ -14,7 +14,8 @@ from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
 from retrieval.load import load_store, load_terms
 from retrieval.passages import Passage
-from retrieval.terms import MAX_SLOTS, Reader, Terms
+from retrieval.spelling import Reader
+from retrieval.terms import MAX_SLOTS, Terms
 from retrieval.words import fold, named_codes, number_of, quantities, words
 from tests.retrieval.conftest import NOW, HashingEmbedder
 from tests.retrieval.in_process import retrieval
