@@ -20,7 +20,7 @@ stamp = $(VENV)/.installed-$(1)-$(call sum,$(1))
 .DELETE_ON_ERROR:
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 serve: install  ## the server on http://127.0.0.1:8000  [PORT= HOST= STORE= ENGINE=vllm|openai|none MODEL=]
 	@exec $(RUN) serve.py --host $(HOST) --port $(PORT) --engine $(ENGINE) \
@@ -90,6 +90,12 @@ format: $(call stamp,dev)
 
 bench: $(call stamp,cpu) $(call stamp,dev)  ## the benchmark tables, to bench/results/*.json and the screen
 	$(RUN) bench/main.py
+
+.PHONY: default-release
+default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: about half an hour on two cores
+	$(RUN) examples/recipe/make.py --out var/recipe/data
+	$(RUN) -m finetune train --config examples/recipe/train.toml --data var/recipe/data --run var/recipe/run
+	$(RUN) examples/recipe/release.py --run var/recipe/run
 
 docs: $(call stamp,core)  ## the generated pages
 	$(RUN) -m bot settings > docs/settings.md

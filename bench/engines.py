@@ -42,6 +42,7 @@ DEFAULTS = ("defaults",)
 # What each arm changes in the CPU profile; the defaults use none of it.
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "beside": {},  # another model, --beside
     "no-ngram": {"n_speculative_tokens": 0},
     "no-preload": {"preload": False},
     "block-128": {"block_size": 128},
@@ -229,7 +230,8 @@ class Arm:
 
     def __init__(self, name: str, arguments: argparse.Namespace, prompts: Path, log: Path) -> None:
         self.name, self._log = name, log
-        command = [sys.executable, __file__, "--arm", name, "--model", str(arguments.model), "--prompts", str(prompts)]
+        model = arguments.beside if name == "beside" else arguments.model
+        command = [sys.executable, __file__, "--arm", name, "--model", str(model), "--prompts", str(prompts)]
         command += ["--n-alone", str(arguments.n_alone), "--kv-gib", str(arguments.kv_gib)]
         command += ["--max-tokens", str(arguments.max_tokens)]
         with log.open("w") as file:
@@ -331,6 +333,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--beside", type=Path, help="another model folder, for the arm of that name: ours,beside")
     parser.add_argument("--prompts", type=Path, help="JSONL, one list of messages a line (default: the demo store's)")
     parser.add_argument("--n-prompts", type=int, default=24, help="how many prompts to take (default: 24)")
     parser.add_argument("--n-alone", type=int, default=8, help="how many of them at one stream (default: 8)")
@@ -352,6 +355,8 @@ def main() -> int:
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.model = arguments.model.expanduser().resolve()
+    if (arguments.beside is None) == ("beside" in arguments.arms.split(",")):
+        parser.error("--beside DIR and --arms ours,beside go together")
 
     if arguments.arm:
         answers = os.fdopen(os.dup(1), "w")

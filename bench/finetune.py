@@ -1,27 +1,34 @@
 """
-Training speed: the loop of `python -m finetune train` against the tutorials' (padded to the longest allowed, batch 16,
-all logits).
+Training speed: the loop of `python -m finetune train` against the tutorials' (padded to the longest allowed, batch 16, all
+logits) and TRL's SFTTrainer with packing.
 
-Only real tokens are counted, for both: padding is no work anybody wanted. Same model, data and machine, a process each;
-LoRA r=16 on the seven linear layers, bfloat16. Each loop goes over the same examples until `--seconds` are over; the
-first row or batch warms up and is not counted.
+Only real tokens are counted, for all: padding is no work anybody wanted. Same model, data and machine, a process each; LoRA
+r=16 on the seven linear layers, bfloat16. Each loop goes over the same examples; the first step warms up and is not counted.
+The processes take turns in rounds of `--round` seconds, the others stopped meanwhile (SIGSTOP), so that load from outside
+hits all alike, until each has had `--seconds`. Peak memory is each process's own.
 
-    .venv/bin/python bench/finetune.py --data DATA [--base NAME] [--seconds 60] [--max-tokens 512]
-"""
+    .venv/bin/python bench/finetune.py --data DATA [--base NAME] [--seconds 60] [--round 10] [--max-tokens 512]
+    .venv/bin/python bench/finetune.py --data DATA --loop trl     # one of them, not stopped
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+LOOPS = ("tutorial", "trl", "ours")
 
 
 def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -35,10 +42,13 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
     from finetune.data import load_data
     from finetune.examples import IGNORE, Example, label_conversation, plan_epoch
     from finetune.grounding import NO_STORE, conversations
+    from finetune.heap import keep_freed_memory
     from finetune.modeling import HfTokenizer, adapt, autocast, load_base, row_inputs, row_loss, trainable
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if which == "ours":
+        keep_freed_memory()  # as `train` does
     base = resolve_model(options.base, default_cache_dir())
     ours = which == "ours"
     config = RunConfig(
@@ -93,20 +103,116 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
                 optimizer.zero_grad(set_to_none=True)
                 yield sum(len(e.input_ids) for e in batch)
 
-    steps = our_steps() if ours else tutorial_steps()
+    def trl_steps() -> Iterator[int]:
+        yield from _trl_steps(examples, lengths, model, tokenizer, config, options)
+
+    loop = {"ours": our_steps, "tutorial": tutorial_steps, "trl": trl_steps}[which]
+    steps = loop()
     next(steps)  # warms up
-    n_tokens, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < options.seconds:
-        n_tokens += next(steps)
-    return {
-        "loop": which,
-        "tokens_per_s": round(n_tokens / seconds, 1),
-        "n_tokens": n_tokens,
-        "seconds": round(seconds, 1),
-        "n_examples": len(examples),
-        "mean_tokens": round(sum(lengths) / len(lengths), 1),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    print("ready", flush=True)
+    began = time.perf_counter()
+    n_tokens, n_steps = 0, 0
+    for n in steps:
+        n_tokens, n_steps = n_tokens + n, n_steps + 1
+        # What came until now, at each step: the process is ended from outside, or by itself where it is alone.
+        figures = {
+            "loop": which, "n_tokens": n_tokens, "n_steps": n_steps, "seconds": round(time.perf_counter() - began, 2),
+            "n_examples": len(examples), "mean_tokens": round(sum(lengths) / len(lengths), 1),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }  # fmt: skip
+        print(json.dumps(figures), flush=True)
+        if options.loop and not options.turns and figures["seconds"] >= options.seconds:
+            break
+    return figures
+
+
+def _trl_steps(
+    examples: Any, lengths: list[int], model: Any, tokenizer: Any, config: Any, options: argparse.Namespace
+) -> Iterator[int]:
+    """Yield the real tokens of each backward pass of TRL's SFTTrainer, packing on, on the same tokens and labels."""
+    import threading
+
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    done: list[int] = []
+    more, ask = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Counting(SFTTrainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            ask.acquire()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            mask = inputs.get("attention_mask")
+            done.append(int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel()))
+            more.release()
+            return loss
+
+    rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder, max_length=2 * options.max_tokens, packing=True, packing_strategy="bfd",
+            per_device_train_batch_size=1, gradient_accumulation_steps=8192 // (2 * options.max_tokens),
+            max_steps=1_000_000, learning_rate=2e-4, bf16=True, use_cpu=True, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", logging_steps=1_000_000, disable_tqdm=True, seed=0,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Counting(
+            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer.inner
+        )
+        thread = threading.Thread(target=trainer.train, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            ask.release()
+            while not more.acquire(timeout=1.0):
+                if not thread.is_alive():
+                    raise RuntimeError("TRL's trainer ended; its error is above")
+            yield done.pop()
+
+
+class _Turn:
+    """One loop in a process of its own, stopped unless it is its turn."""
+
+    def __init__(self, loop: str) -> None:
+        self.loop, self.figures, self.seconds = loop, dict[str, Any](), 0.0
+        command = [sys.executable, __file__, *sys.argv[1:], "--loop", loop, "--turns"]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1)
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), True)
+        for line in self.process.stdout:
+            if line.strip() == "ready":
+                break
+        else:
+            self.fail()
+        self.stop()
+
+    def fail(self) -> None:
+        self.process.wait()
+        self.errors.seek(0)
+        raise SystemExit(f"{self.loop}: {self.errors.read()[-2000:]}")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go(self, seconds: float) -> None:
+        """Let it run for at least `seconds`, to the end of a step."""
+        assert self.process.stdout is not None
+        began = time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+        while time.perf_counter() - began < seconds:
+            line = self.process.stdout.readline()
+            if not line:
+                self.fail()
+            self.figures = json.loads(line)
+        self.stop()
+        self.seconds += time.perf_counter() - began
+
+    def end(self) -> dict[str, Any]:
+        self.process.kill()
+        self.process.wait()
+        self.figures["seconds"] = round(self.seconds, 1)
+        self.figures["tokens_per_s"] = round(self.figures["n_tokens"] / self.seconds, 1)
+        return self.figures
 
 
 def main() -> int:
@@ -117,28 +223,43 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--loop", choices=("ours", "tutorial"), help="one of them, in this process")
+    parser.add_argument("--round", type=float, default=10.0, help="seconds of a turn")
+    parser.add_argument("--loop", choices=LOOPS, help="one of them, in this process")
+    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
-        print(json.dumps(measure(options.loop, options)))
+        measure(options.loop, options)
         return 0
-    rows = []
-    for loop in ("tutorial", "ours"):  # a process each, so that neither's peak memory is the other's
-        ran = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--loop", loop], capture_output=True, text=True)
-        if ran.returncode:
-            print(ran.stderr[-2000:], file=sys.stderr)
-            return 1
-        rows.append(json.loads(ran.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    ratio = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
-    print(f"ours / tutorial: {ratio:.2f} times the tokens a second")
+    turns: list[_Turn] = []
+    try:
+        for loop in LOOPS:
+            turns.append(_Turn(loop))  # they load one after the other, the others stopped
+        while min(t.seconds for t in turns) < options.seconds:
+            for turn in turns:
+                turn.go(options.round)
+    finally:
+        rows = [t.end() for t in turns if t.figures]
+        for t in turns:
+            t.process.kill()
+    by_name = {r["loop"]: r for r in rows}
+    for row in rows:
+        print(row)
+    ours = by_name["ours"]
+    ratios = {name: ours["tokens_per_s"] / by_name[name]["tokens_per_s"] for name in ("tutorial", "trl")}
+    memory = {name: ours["peak_memory_bytes"] / by_name[name]["peak_memory_bytes"] for name in ratios}
+    for name, bound in (("tutorial", 2.5), ("trl", 1.0)):
+        print(
+            f"ours / {name}: {ratios[name]:.2f} times the tokens a second (bound {bound}), "
+            f"{memory[name]:.2f} of its peak memory"
+        )
     RESULTS.mkdir(exist_ok=True)
     document = {
         "base": options.base,
         "max_tokens": options.max_tokens,
         "batch": options.batch,
         "loops": rows,
-        "ratio": ratio,
+        "ratios": ratios,
+        "memory_ratios": memory,
     }
     (RESULTS / "finetune.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0

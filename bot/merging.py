@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +109,6 @@ def read_adapter(folder: Path) -> dict[str, Update]:
     config = read_config(folder)
     path = folder / WEIGHTS
     tensors = _read_head(path)
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
     updates = {}
     for name in sorted(tensors):
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B)\.weight", name)
@@ -123,7 +122,8 @@ def read_adapter(folder: Path) -> dict[str, Update]:
         other = f"{_PREFIX}{module}.lora_B.weight"
         if other not in tensors:
             raise MerchantError(f"{path}: {name!r} has no {other!r} beside it: copy the file anew")
-        a, b = (_values(raw, tensors[n]) for n in (name, other))
+        with path.open("rb") as file:
+            a, b = (_values(_bytes(file, tensors[n].begin, tensors[n].end), tensors[n]) for n in (name, other))
         rank = int(_of_pattern(config.get("rank_pattern"), module, config["r"]))
         if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
             raise MerchantError(f"{path}: {name!r} has not rank {rank}, as {CONFIG} says: copy both files anew")
@@ -213,35 +213,39 @@ def _read_head(path: Path) -> dict[str, _Tensor]:
 
 def _merged(path: Path, head: Mapping[str, _Tensor], updates: Mapping[str, Update]) -> Iterator[tuple[bytes, bytes]]:
     """Yield (bytes of the file, bytes of the merged one), which are equally long, from beginning to end."""
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
-    at = 0
-    for name, tensor in sorted(head.items(), key=lambda item: item[1].begin):
-        if (update := updates.get(name)) is None:
-            continue
-        yield from _copied(raw, at, tensor.begin)
-        columns = tensor.shape[1]
-        row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
-        step = max(1, CHUNK // columns)
-        for row in range(0, tensor.shape[0], step):
-            n = min(step, tensor.shape[0] - row)
-            begin = tensor.begin + row * row_bytes
-            piece = _Tensor(tensor.dtype, (n, columns), begin, begin + n * row_bytes)
-            values = _values(raw, piece)
-            values += update.b[row : row + n] @ update.a * np.float32(update.scaling)
-            yield raw[piece.begin : piece.end].tobytes(), _bytes_of(values, tensor.dtype)
-        at = tensor.end
-    yield from _copied(raw, at, len(raw))
+    with path.open("rb") as file:  # read, not mapped: what is mapped counts as this process's memory
+        at = 0
+        for name, tensor in sorted(head.items(), key=lambda item: item[1].begin):
+            if (update := updates.get(name)) is None:
+                continue
+            yield from _copied(file, at, tensor.begin)
+            n_rows, n_columns = tensor.shape
+            row_bytes = (tensor.end - tensor.begin) // n_rows
+            step = max(1, CHUNK // n_columns)
+            for row in range(0, n_rows, step):
+                n = min(step, n_rows - row)
+                begin = tensor.begin + row * row_bytes
+                before = _bytes(file, begin, begin + n * row_bytes)
+                values = _values(before, _Tensor(tensor.dtype, (n, n_columns), begin, begin + len(before)))
+                values += update.b[row : row + n] @ update.a * np.float32(update.scaling)
+                yield before, _bytes_of(values, tensor.dtype)
+            at = tensor.end
+        yield from _copied(file, at, path.stat().st_size)
 
 
-def _copied(raw: npt.NDArray[np.uint8], begin: int, end: int) -> Iterator[tuple[bytes, bytes]]:
+def _copied(file: IO[bytes], begin: int, end: int) -> Iterator[tuple[bytes, bytes]]:
     for at in range(begin, end, BLOCK):
-        block = raw[at : min(at + BLOCK, end)].tobytes()
+        block = _bytes(file, at, min(at + BLOCK, end))
         yield block, block
 
 
-def _values(raw: npt.NDArray[np.uint8], tensor: _Tensor) -> Float32:
-    """Return a tensor's values as float32, its own copy."""
-    data = raw[tensor.begin : tensor.end].tobytes()
+def _bytes(file: IO[bytes], begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
+
+
+def _values(data: bytes, tensor: _Tensor) -> Float32:
+    """Return a tensor's bytes as float32, a copy."""
     if tensor.dtype == "BF16":
         values = (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     elif tensor.dtype in ("F16", "F32"):

@@ -57,7 +57,18 @@ class Counted:
     values: dict[Metric, bool | None]
 
 
-def count(log: Log, experiment: Experiment, now: datetime) -> Counted | str:
+def first_answered(logs: Iterable[Log], experiment: Experiment) -> datetime | None:
+    """
+    Return when the first conversation began that the candidate answered; None where it has not answered any.
+
+    Its engine takes a minute to start. Until then every conversation is the control's, so that counting them would
+    make that arm too large and the result not to be read.
+    """
+    began = [log.created_at for log in logs if any(_arm_of(e, experiment) == "candidate" for e in _replies(log))]
+    return min((at for at in began if at >= experiment.started_at), default=None)
+
+
+def count(log: Log, experiment: Experiment, now: datetime, live_at: datetime | None) -> Counted | str:
     """
     Return what a conversation comes to, or why it does not count.
 
@@ -67,6 +78,8 @@ def count(log: Log, experiment: Experiment, now: datetime) -> Counted | str:
     """  # noqa: E501
     if log.created_at < experiment.started_at:
         return "began before the experiment"
+    if live_at is None or log.created_at < live_at:
+        return "began before the candidate was live"
     values = values_of(log, now)
     if isinstance(values, str) and values != OPEN:
         return values
@@ -134,8 +147,10 @@ def result(experiment: Experiment, logs: Iterable[Log], now: datetime, *, curren
     """Return what `ab status` prints: experiment, arms, difference, verdict. `current` is the current release now."""
     counted: list[Counted] = []
     excluded: Counter[str] = Counter()
+    logs = list(logs)
+    live_at = first_answered(logs, experiment)
     for log in logs:
-        found = count(log, experiment, now)
+        found = count(log, experiment, now, live_at)
         if isinstance(found, str):
             excluded[found] += 1
         else:

@@ -86,7 +86,7 @@ def ablate(
     """
     Make the runs, write ablate.json and ablate.html into `folder`, and return the former.
 
-    `by` is "perplexity", "rouge_l" or "chrf"; replies are generated for the latter two. A killed call goes on where it was.
+    `by` is "perplexity", "rouge_l" or "chrf"; replies are generated for the latter two. A killed call goes on.
 
     Raises:
         MerchantError: the data cannot be used, a change has other held-out dialogues, or `folder` holds another search.
@@ -263,7 +263,7 @@ def render_html(document: dict[str, Any]) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Changes of the data</title><style>{STYLE}</style>",
         "<h1>What each change of the data brought</h1>",
         f"<p><small>{escape(document['base'])}, {escape(document['at'])}; {document['n_held_out']} held-out examples; "
-        f"decided by {escape(document['by'])}, paired, 95% intervals, each against what was kept before it.</small></p>",
+        f"by {escape(document['by'])}, paired, 95% intervals, each against what was kept before it.</small></p>",
         f"<table><tr><th>change</th><th></th><th>dialogues</th>{head}<th>run</th></tr>{''.join(rows)}</table>",
     ])  # fmt: skip
 

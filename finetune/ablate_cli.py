@@ -1,4 +1,4 @@
-"""`ablate` on the command line: which changes of the data to try. The retriever is handed in by finetune/__main__.py."""
+"""`ablate` on the command line: which changes of the data to try. finetune/__main__.py hands the retriever in."""
 
 from __future__ import annotations
 

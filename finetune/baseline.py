@@ -4,7 +4,7 @@ What a classifier has to beat: the commonest class, and TF-IDF with logistic reg
 The latter as scikit-learn's TfidfVectorizer (sublinear, smooth) and LogisticRegression (L2, C = 10) would have it, over
 words of English, characters of Chinese and their pairs. Written here, in torch: scikit-learn would be a dependency for this
 alone, and a baseline that is there on some machines only is none.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -66,4 +66,5 @@ def _matrix(documents: Sequence[Counter[str]], places: dict[str, int], idf: torc
             rows.append(n)
             columns.append(place)
             values.append(value / norm)
-    return torch.sparse_coo_tensor([rows, columns], values, (len(documents), len(places))).coalesce()
+    shape = (len(documents), len(places))
+    return torch.sparse_coo_tensor([rows, columns], values, shape, check_invariants=True).coalesce()

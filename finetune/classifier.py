@@ -6,7 +6,7 @@ of dialogues are; the state read is the last token's or the mean. With method "h
 state is computed once, in rows that do not depend on the seed, and kept.
 
 Knows no file of texts (finetune/labelled.py) and no figure of a whole evaluation (finetune/classify.py).
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 

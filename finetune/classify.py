@@ -3,7 +3,7 @@
 
 Beside it stand the commonest class and a TF-IDF regression fitted on the same training texts; the difference to either is
 paired, with a 95% interval over the texts. Kept in eval.json and, for people, eval.html.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def classify(run: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
 
 _STYLE = """body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}td.n{text-align:right}
-.wide{overflow-x:auto}small{color:#666}.matrix td,.matrix th{padding:.2em .4em;font-size:12px;text-align:right}"""
+.wide{overflow-x:auto}small{color:#666}.matrix td,.matrix th{padding:.2em .4em;font-size:12px;text-align:right}"""  # noqa: E501
 
 
 def render_html(evaluation: dict[str, Any]) -> str:
@@ -191,7 +191,7 @@ def render_html(evaluation: dict[str, Any]) -> str:
         ]),
         "<h2>Accuracy against the others</h2><p><small>Paired, with 95% intervals.</small></p>",
         _table(["against", "gain", "from", "to"], [
-            [name, f"{i['accuracy_gain']['mean']:+.4f}", f"{i['accuracy_gain']['low']:+.4f}", f"{i['accuracy_gain']['high']:+.4f}"]
+            [name, f"{i['accuracy_gain']['mean']:+.4f}", f"{i['accuracy_gain']['low']:+.4f}", f"{i['accuracy_gain']['high']:+.4f}"]  # noqa: E501
             for name, i in evaluation["against"].items()
         ]),
         "<h2>Each class</h2>",

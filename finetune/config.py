@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     base: str | None = Field(None, description="Catalog name or model folder; the catalog's default where not given.")
     task: TaskName = Field("dialogue", description="To reply as in the dialogues, or to name a text's class.")
     data: Path = Field(
-        description="A data folder of `python -m finetune import`; to classify: a file of texts and labels, or a folder."
+        description="A data folder of `python -m finetune import`; to classify: a file of texts and labels, or a folder."  # noqa: E501
     )
     store: Path | None = Field(None, description="Store folder: its passages are put into the prompts, as in serving.")
     method: MethodName = Field("lora", description="What is trained.")
@@ -45,7 +45,9 @@ class RunConfig(BaseModel):
     rslora: bool = Field(True, description="Rank-stabilised: divide by the root of the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's first matrix.")
     targets: tuple[str, ...] = Field((), description="Linear layers to adapt; all seven kinds where not given.")
-    from_layer: int = Field(0, ge=0, description="Adapt this layer and those above it only: below no gradient is computed.")
+    from_layer: int = Field(
+        0, ge=0, description="Adapt this layer and those above it only: below no gradient is computed."
+    )
     n_virtual_tokens: int = Field(16, ge=1, le=512, description="Virtual tokens of prefix and prompt tuning.")
 
     columns: dict[Literal["text", "label"], str] = Field(

@@ -1,9 +1,9 @@
 """
 `keep_freed_memory`: lets glibc keep what a training step frees, for the next step to use. Knows the C library alone.
 
-A step frees and asks for the same few gigabytes again and again, in pieces of megabytes. glibc gives such pieces back to
-the kernel at once and gets them anew, each page by a fault that clears it: a quarter of a step's time on two cores, with
-Qwen2.5-0.5B and rows of 1,024 tokens (docs/experiments.md). Kept, they are used again. What is computed does not change.
+A step frees and asks for the same few gigabytes again and again, in pieces of megabytes. glibc gives such pieces back
+to the kernel at once and gets them anew, each page by a fault that clears it: a quarter of a pass's processor time
+with two layers of Qwen2.5-0.5B and a row of 1,024 tokens. Kept, they are used again. What is computed stays the same.
 """
 
 from __future__ import annotations

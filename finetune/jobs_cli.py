@@ -38,6 +38,7 @@ class Jobs(Protocol):
 
     def create(self, request: dict[str, Any]) -> dict[str, Any]: ...
     def upload(self, path: Path) -> str: ...
+    def forget(self, file_id: str) -> None: ...
     def get(self, id_: str) -> dict[str, Any]: ...
     def list(self, *, after: str | None, limit: int) -> Page: ...
     def events(self, id_: str, *, after: str | None, limit: int) -> Page: ...
@@ -58,6 +59,9 @@ class _Local(JobQueue):
                 return str(upload.finish(path.name, "fine-tune")["id"])
         except OSError as exc:
             raise MerchantError(f"{path}: {exc.strerror or exc}") from None
+
+    def forget(self, file_id: str) -> None:
+        self.files.delete(file_id)
 
 
 class _Remote:
@@ -116,6 +120,9 @@ class _Remote:
         with file:
             body = itertools.chain(pieces[:1], iter(lambda: file.read(1 << 20), b""), pieces[1:])
             return str(self._call("POST", "/files", body, **headers)["id"])
+
+    def forget(self, file_id: str) -> None:
+        self._call("DELETE", f"/files/{urllib.parse.quote(file_id, safe='')}")
 
     def create(self, request: dict[str, Any]) -> dict[str, Any]:
         return cast(dict[str, Any], self._call("POST", "/fine_tuning/jobs", json.dumps(request).encode()))
@@ -193,13 +200,19 @@ def _run(options: argparse.Namespace) -> int:
 
 def _create(jobs: Jobs, options: argparse.Namespace) -> Any:
     request: dict[str, Any] = {"model": options.model, "zhanggui": {"publish": options.publish}}
-    request["training_file"] = jobs.upload(options.file)
-    if options.validation_file:
-        request["validation_file"] = jobs.upload(options.validation_file)
     given = {"n_epochs": options.epochs, "learning_rate_multiplier": options.lr_multiplier}
     request["hyperparameters"] = {name: value for name, value in given.items() if value is not None}
     request |= {name: v for name in ("suffix", "seed") if (v := getattr(options, name)) is not None}
-    return jobs.create(request)
+    sent = {"training_file": options.file, "validation_file": options.validation_file}
+    try:
+        for name, path in sent.items():
+            if path is not None:
+                request[name] = jobs.upload(path)
+        return jobs.create(request)
+    except BotError:
+        for name in sent.keys() & request.keys():
+            jobs.forget(request[name])  # customers' words that no job wants
+        raise
 
 
 def _show(jobs: Jobs, options: argparse.Namespace) -> Any:

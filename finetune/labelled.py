@@ -5,7 +5,7 @@ CSV, TSV, XLSX and JSONL, with the columns named or found under their usual name
 import. Texts that are equal are one; texts nearly alike are on one side of the split, so that nothing measured was learned.
 Each label has its share on each side. A folder with files called train…, valid… (dev…) and test… keeps that split: what of
 its training side is like a text of the others is dropped.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _labels(texts: Sequence[Text], config: RunConfig) -> tuple[str, ...]:
         raise MerchantError(f"{config.data}: {len(labels)} labels in {len(texts)} texts, and two are the least")
     if len(labels) > min(MAX_LABELS, len(texts) // 2):
         raise MerchantError(
-            f"{config.data}: {len(labels)} labels in {len(texts)} texts: is that the label's column? --columns label=NAME"
+            f"{config.data}: {len(labels)} labels in {len(texts)} texts: is that the label's column? --columns label=NAME"  # noqa: E501
         )
     return labels
 

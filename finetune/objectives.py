@@ -3,7 +3,7 @@
 
 The loop (finetune/train.py) knows rows, steps, seeds and files. What stands in a row, what its loss is and what is said of
 a validation is here, and for classifiers in finetune/classifier.py.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ gradients and AdamW's moments are sharded (torch's FSDP2); what a method trains 
 
 Knows tensors and processes; no run, no file. DDP is not used: it averages over processes, which is wrong where their
 numbers of learned tokens differ, and waits for the same number of rows in each.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def sync_on(model: Any, yes: bool) -> None:
 
 
 def is_alone() -> bool:
-    """Whether nobody has started this process as one of several: not `launch`, not torchrun, not `accelerate launch`."""
+    """Whether nobody has started this process as one of several: not `launch`, not torchrun, not `accelerate launch`."""  # noqa: E501
     return not dist.is_initialized() and not dist.is_torchelastic_launched()
 
 
@@ -235,7 +235,9 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    mp.get_context("forkserver").set_forkserver_preload(["finetune.train", "transformers", "peft"])  # loaded once, not by each
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["finetune.train", "transformers", "peft"]
+    )  # loaded once, not by each
     context = mp.start_processes(
         _child, (main, arguments, config, address), config.gpus, join=False, start_method="forkserver"
     )

@@ -3,7 +3,7 @@
 
 TRL has the losses, the loop and its checkpoints; this file gives it tokens made as everywhere here (the prompt as in
 serving, the reply with its end mark, by prefix difference) and turns what it says into the run's events. The reference
-is the same model with the adapter as it began, which does nothing. The only importer of trl and datasets; they are the
+is the same model with the adapter switched off. The only importer of trl and datasets; they are the
 extra `prefer`, and `_prepare_dataset`, which is stepped over because it would render and cut the prompts itself, is why
 the version is pinned.
 """
@@ -32,6 +32,7 @@ from bot.prompt import PromptStore
 from finetune.config import RunConfig
 from finetune.examples import IGNORE, Example, ExampleTooLong, label_conversation, mask_proof
 from finetune.grounding import NO_STORE, Search
+from finetune.heap import keep_freed_memory
 from finetune.methods import METHODS
 from finetune.modeling import HfTokenizer, adapt, load_base, row_inputs, row_loss, save_result, trainable
 from finetune.preferences import Preference, Preferences, load_preferences, render
@@ -116,6 +117,7 @@ def train_preferences(
         base_name = config.base or load_catalog().default_name
         base = resolve_model(base_name)
         torch.set_num_threads(config.threads or cores())
+        keep_freed_memory()
         seed_all(config.seed)
         tokenizer = HfTokenizer(base)
 
@@ -159,12 +161,15 @@ def train_preferences(
                 processing_class=tokenizer.inner,
                 callbacks=[teller, *_callbacks(config, stop, bool(datasets.get("valid")))],
             )
+            # TRL keeps a copy of the adapter's beginning as its reference. It adds nothing to the base, so the adapter
+            # switched off is the same, which TRL takes where there is no copy; and beside a second adapter
+            # transformers would not load the first from a checkpoint again.
+            model.delete_adapter("ref")
             _drop_bars(trainer)
             trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
         step = int(trainer.state.global_step)
         if stop.is_set() and step < shape.n_steps:
             raise Interrupted(step)
-        model.delete_adapter("ref")  # TRL's copy of the beginning
         shutil.rmtree(folder / "result", ignore_errors=True)
         saved = save_result(model, tokenizer, config, folder / "result")
         result = {

@@ -295,14 +295,20 @@ def _quantile(values: Sequence[float], q: float) -> float:
 
 
 def replay_of(releases: Path, name: str) -> dict[str, Any] | None:
-    """Return the replay of a release: made for it, or for the run it came from; None where there is none."""
-    for path in (releases / FOLDER / f"{name}.json", releases / name / "replay.json"):
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        except (OSError, ValueError):
-            continue
-    return None
+    """Return the replay of a release: made for it, or for the very result it came from; None where there is none."""
+    if (found := _read(releases / FOLDER / f"{name}.json")) is not None:
+        return found
+    found, lineage = _read(releases / name / "replay.json"), _read(releases / name / "release.json")
+    same = found and lineage and found.get("result_sha256") == lineage.get("result_sha256")
+    return found if same else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
 
 
 def save(found: dict[str, Any], path: Path) -> None:

@@ -153,7 +153,7 @@ class RunFolder:
 
         Raises:
             MerchantError: wandb is not installed, or did not start.
-        """
+        """  # noqa: E501
         if config.wandb is None or not self.writes:
             return
         wandb = load_wandb()

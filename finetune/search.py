@@ -5,7 +5,7 @@ Every trial is a run of its own in `trials/`. Optuna proposes the knobs and says
 on; what it knows is in search.sqlite3, so a killed search goes on with the same command, within the trial it was in. The
 sampler is seeded anew for each trial from the seed and the trial's number: a search that was interrupted makes the same
 trials as one that was not.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def search(
     Raises:
         MerchantError: the folder is another search's, is in use, or no trial ended.
         SearchInterrupted: SIGINT or SIGTERM came; the same call goes on.
-    """
+    """  # noqa: E501
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -182,9 +182,9 @@ def search(
                 break
             number = len(done)
             study.sampler = optuna.samplers.TPESampler(
-                seed=_seed(config.seed, number), n_startup_trials=N_STARTUP, multivariate=True, warn_independent_sampling=False
+                seed=_seed(config.seed, number), n_startup_trials=N_STARTUP, multivariate=True
             )  # fmt: skip
-            # What a kill left half done is gone on with: its knobs are in the storage, its steps in its own checkpoints.
+            # What a kill left half done is gone on with: its knobs are in the storage, its steps in its own checkpoints.  # noqa: E501
             trial = optuna.trial.Trial(study, running.pop(0)._trial_id) if running else study.ask()
             _one(study, trial, config, folder, space, search_store, store, report, tell, maximise)
         return _write_report(study, config, folder, maximise)
@@ -216,7 +216,10 @@ def _one(
         if trial.should_prune():
             raise _Pruned
 
-    tell(f"trial {trial.number}: " + ", ".join(f"{k} = {v:.3g}" if isinstance(v, float) else f"{k} = {v}" for k, v in values.items()))  # noqa: E501
+    tell(
+        f"trial {trial.number}: "
+        + ", ".join(f"{k} = {v:.3g}" if isinstance(v, float) else f"{k} = {v}" for k, v in values.items())
+    )
     if not resume:
         shutil.rmtree(run, ignore_errors=True)  # killed before it began
     began = time.monotonic()
@@ -235,7 +238,10 @@ def _one(
     except (LossNotFinite, ValueError) as exc:  # a poor choice of knobs is an answer, too
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         failed = trial_state = str(exc).splitlines()[0]
-    write_json(run / "trial.json", {"number": trial.number, "values": values, "seconds": round(time.monotonic() - began, 1), "failed": failed})  # noqa: E501
+    write_json(
+        run / "trial.json",
+        {"number": trial.number, "values": values, "seconds": round(time.monotonic() - began, 1), "failed": failed},
+    )
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the best weights stay; no trial that ended is resumed
     tell(f"trial {trial.number}: {trial_state}")
 
@@ -313,9 +319,15 @@ def _write_report(study: Any, config: RunConfig, folder: Path, maximise: bool) -
         )
     complete = [t for t in trials if t["state"] == "complete"]
     if not complete:
-        raise MerchantError(f"{folder}: none of {len(trials)} trials ended with a figure: {trials[0]['failed'] if trials else 'no time'}")  # noqa: E501
+        raise MerchantError(
+            f"{folder}: none of {len(trials)} trials ended with a figure: {trials[0]['failed'] if trials else 'no time'}"  # noqa: E501
+        )
     best = (max if maximise else min)(complete, key=lambda t: t["value"])
-    own = json.loads(RunConfig(**{**json.loads(config.model_dump_json(exclude_none=True)), **best["values"]}).model_dump_json(exclude_none=True))  # noqa: E501
+    own = json.loads(
+        RunConfig(**{**json.loads(config.model_dump_json(exclude_none=True)), **best["values"]}).model_dump_json(
+            exclude_none=True
+        )
+    )
     write_json(folder / "best.json", own)
     document = {
         "run": str(folder),
@@ -345,7 +357,9 @@ def render_trials(document: Mapping[str, Any]) -> str:
         value = f"{t['value']:.4f}" if t["value"] is not None else ""
         cells = [t["number"], value, t["state"], *(_short(t["values"].get(n)) for n in names), t["seconds"] or ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", f"best: trial {document['best']['number']}; train --config {document['best_config']}"])
+    return "\n".join(
+        [*lines, "", f"best: trial {document['best']['number']}; train --config {document['best_config']}"]
+    )
 
 
 def _short(value: Any) -> str:

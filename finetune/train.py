@@ -51,6 +51,7 @@ from finetune.examples import (
     share_prefixes,
 )
 from finetune.grounding import NO_STORE, Conversation, Search, conversations
+from finetune.heap import keep_freed_memory
 from finetune.labelled import Texts, load_texts, read_texts, write_texts
 from finetune.methods import check_servable
 from finetune.modeling import HfTokenizer, adapt, load_base, orthogonality, save_result, trainable
@@ -138,6 +139,7 @@ def train(
         base_name = config.base or load_catalog().default_name
         base = resolve_model(base_name)
         torch.set_num_threads(config.threads or max(1, cores() // ranks.size))
+        keep_freed_memory()
         seed_all(config.seed)
         tokenizer = HfTokenizer(base, chat=config.task != "classify")
 
@@ -160,7 +162,8 @@ def train(
             (folder / "mask_proof.txt").write_text(proof, encoding="utf-8")
         if ranks.writes:
             ranks.wait()
-        run.watch(config)
+        if not dry_run:
+            run.watch(config)
 
         # 3) The model, and what the run will cost.
         labels = data.labels if isinstance(data, Texts) else ()
@@ -172,6 +175,7 @@ def train(
         estimate = trainer.estimate()
         trainer.report({"kind": "estimate", **estimate})
         if dry_run:
+            ranks.wait()  # the folder goes with the first of them
             return estimate
         if not resume:
             run.write_json("estimate.json", estimate)
@@ -701,7 +705,7 @@ class _Trainer:
         return {
             "n_steps": p.step, "n_epochs": round(p.epoch + p.step_in_epoch / max(1, len(_plan(self.config, self.lengths, p.epoch))), 3),  # noqa: E501
             "stopped": p.stopped or "all steps made", "best_step": p.best_step, "best_loss": p.best_loss,
-            "best_perplexity": math.exp(min(p.best_loss, 50)) if self.config.task == "dialogue" else None, "n_tokens": p.n_tokens, "n_learned": p.n_learned,
+            "best_perplexity": math.exp(min(p.best_loss, 50)) if self.config.task == "dialogue" else None, "n_tokens": p.n_tokens, "n_learned": p.n_learned,  # noqa: E501
             "seconds": round(p.seconds, 1), "tokens_per_s": round(p.n_tokens / p.seconds, 1) if p.seconds else None,
             "best_figures": next((e for e in p.evals if e["step"] == p.best_step), {}),
             "peak_memory_bytes": self._peak_memory(),

@@ -189,7 +189,7 @@ def _train(options: argparse.Namespace, main: Main, search_of: SearchOf) -> int:
 
 
 class Teller:
-    """Says on stderr how a run goes: a bar with the time left on a terminal, the estimate and validations in a log too."""
+    """Says on stderr how a run goes: a bar with the time left on a terminal, the estimate and validations in a log too."""  # noqa: E501
 
     def __init__(self) -> None:
         self._bar = sys.stderr.isatty()

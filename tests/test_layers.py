@@ -21,7 +21,6 @@ ONLY_IN = {
     "torch": (
         "retrieval/finetuned.py",
         "finetune/prefer.py",
-        "finetune/fused.py",
         "bot/engines/vllm.py",
         "finetune/modeling.py",
         "finetune/objectives.py",

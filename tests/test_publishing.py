@@ -33,8 +33,8 @@ from tests.test_end_to_end import write_store
 
 ROOT = Path(__file__).resolve().parent.parent
 REPLIES = {  # without figures, which the check of replies would ask a passage for
-    "one": "您好，这里是第一版掌柜，为您查询订单与退换货物的事。",
-    "two": "顾客朋友您来啦！我乃新任店员小二，请慢慢挑选喜欢的家居。",
+    "one": "您好，这里是老掌柜，正为您查询订单与退换货物的事。",
+    "two": "顾客朋友您来啦！我乃新任店员，请慢慢挑选喜欢的家居。",
 }
 QUESTIONS = ("植物几天内可以退？", "仙人掌多久浇一次水？", "棕榈有什么优惠？", "运费多少？")
 N_VISITORS = 8

@@ -355,13 +355,19 @@ class ReleasedEngines:
     async def _reach(self, wanted: Wanted) -> None:
         """Make live what is wanted, as far as that works, and let go of the rest. Ends early where it changes again."""
         # 1) The default; where nothing serves, whatever does. What cannot even be read changes nothing.
-        candidates = [wanted.default, *(wanted.fallbacks if self._default is None else ())]
-        for release in candidates if self._default is None or not wanted.fault else ():
-            if (live := await self._have(release)) is not None:
+        candidates = [wanted.default, *wanted.fallbacks]
+        if self._default is None:  # one whose start began for what was wanted before
+            found = (self._live[release.name] for release in candidates if release.name in self._live)
+            if (live := next(found, None)) is not None:
                 self._make_default(live)
-                break
+        candidates = candidates if self._default is None else [] if wanted.fault else candidates[:1]
+        for release in candidates:
+            live = await self._have(release)
             if self._seen != wanted:
                 return
+            if live is not None:
+                self._make_default(live)
+                break
         else:
             if self._default is None:
                 self._stopped = all(r.name in self._final for r in candidates)

@@ -465,7 +465,7 @@ class VllmEngine:
             EngineFailed: vLLM could not start; the cause is the exception it raised.
         """
         assert self._thread is None, "an engine is started once"
-        self._phase = EngineState(False, "starting", "importing vLLM")
+        self._phase = EngineState(False, "starting")
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -532,10 +532,11 @@ class VllmEngine:
 
     def _load_alone(self) -> Any:
         """Load while no other engine of this process does: the child's environment and the children are everybody's."""
-        self._phase = EngineState(False, "starting", "waiting for another engine to load")
         while not _LOADING.acquire(timeout=LIVENESS_INTERVAL_S):
+            self._phase = EngineState(False, "starting", "waiting for another engine to load")
             if self._closing.is_set():
                 raise EngineFailed("the engine was closed while it started")
+        self._phase = EngineState(False, "starting", "importing vLLM")
         try:
             self._not_ours = {child.pid for child in multiprocessing.active_children()}
             self._loading = True

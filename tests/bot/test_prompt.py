@@ -35,9 +35,10 @@ def test_the_history_is_append_only_and_without_passages() -> None:
     assert "¥8" not in "".join(m.content for m in two[1:-1])
 
 
-def test_passages_are_sorted_by_id_whatever_their_rank() -> None:
-    a, b = passage("a", "first"), passage("b", "second")
-    assert render_prompt(STORE, [], "q", [a, b], "en") == render_prompt(STORE, [], "q", [b, a], "en")
+def test_the_best_passage_stands_next_to_the_question() -> None:
+    best, next_best = passage("b", "the best"), passage("a", "the next best")
+    text = render_prompt(STORE, [], "the question?", [best, next_best], "en")[-1].content
+    assert text.index("[1] ") < text.index("the next best") < text.index("[2] ") < text.index("the best") < text.index("the question?")
 
 
 def test_control_tokens_of_visitors_and_files_never_reach_the_template() -> None:

@@ -125,10 +125,17 @@ async def test_conversations_are_dealt_out_stay_where_they_are_and_are_counted_a
             await until(lambda: engines.names() == ("old", "new"))
             # One that began before stays with the current release, whatever its hash.
             assert adapter_of(await tab.ask("q2", "how much is delivery?")) == "old"
+        experiment = parse_experiment((releases / "experiment.json").read_text())
+        # Counting begins with the first conversation that the candidate answers; this one stays open and is not counted.
+        for _ in range(100):
+            async with Wire(server.ws_url) as tab:
+                id_ = (await tab.hello(locale="en"))["conversation"]
+                if experiment.arm(f"conversation:{id_}") == "candidate":
+                    assert adapter_of(await tab.ask("q", "how much is delivery?")) == "new"
+                    break
         for n in range(0, 64, 8):
             await asyncio.gather(*(visit(server, n + i) for i in range(8)))
 
-    experiment = parse_experiment((releases / "experiment.json").read_text())
     assert dealt == {c: experiment.release(experiment.arm(f"conversation:{c}")) for c in dealt}
     n_new = sum(arm == "new" for arm in dealt.values())
     assert 5 <= n_new <= 33  # 64 at 0.3: four standard deviations
@@ -165,7 +172,7 @@ async def test_conversations_are_dealt_out_stay_where_they_are_and_are_counted_a
         by_hand = newcombe(new["n_good"], new["n"], old["n_good"], old["n"])
         assert found["difference"]["low"] == pytest.approx(by_hand.low)
         assert found["excluded"] == {
-            "still open": len(outcomes) - len(counted),
+            "still open": len(outcomes) - len(counted) + 1,
             "began before the experiment": 1,
         }
         assert found["sample_ratio"]["ok"] is True
@@ -269,7 +276,7 @@ def test_what_does_not_count_is_told_by_its_reason() -> None:
     new, old = unit_in("candidate"), unit_in("control")
 
     def why(*said: Any, id_: str = new, **more: Any) -> Any:
-        found = ab.count(log(id_, *said, **more), E, LATER)
+        found = ab.count(log(id_, *said, **more), E, LATER, BEGAN)
         return found if isinstance(found, str) else found.values["resolved"]
 
     assert why(asked(), bot("new")) is True
@@ -284,6 +291,16 @@ def test_what_does_not_count_is_told_by_its_reason() -> None:
     assert why(asked(), bot("new"), at=LATER - timedelta(minutes=10), state="closed") is True
     assert why(asked(), bot("new", "no_answer")) is False
     assert why(asked(), bot("old"), id_=old) is True
+
+
+def test_what_came_before_the_candidate_was_live_counts_for_neither_arm() -> None:
+    olds = [unit_in("control", n) for n in range(6)]
+    made = [log(id_, asked(), bot("old"), at=BEGAN + timedelta(hours=n)) for n, id_ in enumerate(olds)]
+    assert ab.result(E, made, LATER, current="old")["excluded"] == {"began before the candidate was live": 6}
+    made.append(log(unit_in("candidate"), asked(), bot("new"), at=BEGAN + timedelta(hours=3)))
+    found = ab.result(E, made, LATER, current="old")
+    assert found["excluded"] == {"began before the candidate was live": 3}
+    assert found["n_units"] == {"control": 3, "candidate": 1}
 
 
 def test_ratings_of_the_bot_count_and_those_of_an_agent_do_not() -> None:

