@@ -104,7 +104,7 @@ docs: $(call stamp,core)  ## the generated pages
 lock: $(VENV)/bin/python  ## resolve the exact pins anew
 	$(RUN) requirements/make_lock.py cpu cpu
 	$(RUN) requirements/make_lock.py core
-	$(RUN) requirements/make_lock.py dev cpu dev train
+	$(RUN) requirements/make_lock.py dev cpu dev train prefer
 	$(RUN) requirements/make_lock.py cuda cuda
 
 wheel: $(VENV)/bin/python  ## dist/zhanggui-*.whl

@@ -297,8 +297,13 @@ class Answerer:
         hits = [hit for hit in self._search(query, language, now) if hit.passage.id not in query.skip]
         top = hits[0].confidence if hits else 0.0
         about = promotions.about_promotions(query.standalone)
-        if not rules.direct:  # measuring the model alone
-            return Part("generate", query, hits=self._to_generate_from(query, hits, about, language, now))
+        # What other shops sell, charge or repair is nothing this store's passages can answer, however alike they sound.
+        elsewhere = promotions.about_other_shops(query.text)
+        if not rules.direct:  # measuring the model: nothing is quoted
+            shown = self._to_generate_from(query, hits, about, language, now)
+            if elsewhere or (top < rules.near_confidence and shown == self._close(hits)):
+                return Part("none", query)
+            return Part("generate", query, hits=shown)
 
         # What is on today is a list, not a passage.
         if about and promotions.asks_for_all(query.standalone):
@@ -306,8 +311,6 @@ class Answerer:
         if (ended := self._ended(query, top, language, now)) is not None:
             return ended
 
-        # What other shops sell, charge or repair is nothing this store's passages can answer, however alike they sound.
-        elsewhere = promotions.about_other_shops(query.text)
         if hits and top >= self._direct_confidence and not elsewhere and self._quotable(hits[0], language):
             best = self._in_language(hits[0].passage, language)
             text = self._quote(hits[0], language, now)
@@ -327,7 +330,7 @@ class Answerer:
         if not can_generate:
             near = self._near(hits)
             return Part("quote", query, self._closest(near, language, now), near)
-        return Part("generate", query, hits=tuple(hits[: rules.n_passages]))
+        return Part("generate", query, hits=self._close(hits))
 
     def _near(self, hits: Sequence[Hit]) -> tuple[Hit, ...]:
         """Return the hits worth showing where none is sure: the best, and up to two that come close to it."""
@@ -403,7 +406,6 @@ class Answerer:
         self, query: Query, hits: Sequence[Hit], about: bool, language: Language, now: datetime
     ) -> tuple[Hit, ...]:
         """Return what the model answers from where it answers everything, best first: of promotions what would be quoted."""  # noqa: E501
-        n = self.rules.n_passages
         top = hits[0].confidence if hits else 0.0
         if (passage := self._not_on(query, top, language, now)) is not None:
             notice = promotions.not_now_text(passage, now, self.profile.timezone, language)
@@ -413,12 +415,17 @@ class Answerer:
             on = self._current_promotions(language, now)
             found = [h.passage for h in hits]
             on = sorted(on, key=lambda p: found.index(p) if p in found else len(found))
-            return (*(Hit(p, 1.0, 1.0) for p in on), *[h for h in hits if h.passage not in on][: n // 2])
+            sure = [h for h in hits if h.passage not in on and h.confidence >= self._answer_confidence]
+            return (*(Hit(p, 1.0, 1.0) for p in on), *sure)
         if about and hits[0].passage.kind == "product":
             category = str(hits[0].passage.meta.get("category") or "")
             on = promotions.for_category(self._current_promotions(language, now), category)
             return (hits[0], *(Hit(p, 1.0, 1.0) for p in on))
-        return tuple(hits[:n])
+        return self._close(hits)
+
+    def _close(self, hits: Sequence[Hit]) -> tuple[Hit, ...]:
+        """Return the hits that a prompt shows: what is far below the best only misleads a small model."""
+        return tuple(close_to_best(hits[: self.rules.n_passages]))
 
     def _ended(self, query: Query, top: float, language: Language, now: datetime) -> Part | None:
         """Return the answer to a question about a promotion that is not on now, or None."""
@@ -602,6 +609,14 @@ class Answerer:
 
     def _hours(self, language: Language) -> str:
         return self.profile.business_hours or {"zh": "工作时间", "en": "business hours"}[language]
+
+
+CLOSE = 0.2  # of the best hit's confidence
+
+
+def close_to_best(hits: Sequence[Hit]) -> list[Hit]:
+    """Return the best of `hits` (best first) and those whose confidence is not far below its; training does the same."""
+    return [h for h in hits if h is hits[0] or h.confidence >= CLOSE * hits[0].confidence]
 
 
 def _confidence(part: Part) -> float:

@@ -440,13 +440,13 @@ def _parser() -> argparse.ArgumentParser:
             "--releases", type=Path, metavar="DIR", help="folder of releases (var/releases)"
         )
 
+    distill_cli.add_parser(commands, _search_of)
+    ablate_cli.add_parser(commands, _search_of)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="exactly one JSON document on stdout")
     jobs_cli.add_parser(commands)
     replay_cli.add_parser(commands)
     ab_cli.add_parser(commands)
-    distill_cli.add_parser(commands, _search_of)
-    ablate_cli.add_parser(commands, _search_of)
     return parser
 
 

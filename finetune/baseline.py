@@ -45,7 +45,7 @@ def tfidf_regression(texts: Sequence[str], labels: Sequence[int], asked: Sequenc
         value.backward()
         return value
 
-    solver.step(loss)  # type: ignore[arg-type]
+    solver.step(loss)
     with torch.no_grad():
         logits = torch.sparse.mm(_matrix([_terms(t) for t in asked], places, idf), weights) + bias
     return [int(n) for n in logits.argmax(1)]

@@ -159,11 +159,11 @@ def pooled(model: Any, inputs: Any, config: RunConfig) -> torch.Tensor:
     with autocast(config, inputs.input_ids.device.type):
         hidden = trunk(**arguments).last_hidden_state  # (1, T, hidden) packed, (n_texts, W, hidden) padded
     if config.pool == "last":
-        return hidden[inputs.at].float()  # type: ignore[no-any-return]
+        return hidden[inputs.at].float()
     if inputs.segments is not None:
         return torch.stack([part.float().mean(0) for part in hidden[0].split(list(inputs.segments))])
     mask = inputs.attention_mask[:, :, None]
-    return (hidden.float() * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
+    return (hidden.float() * mask).sum(1) / mask.sum(1)
 
 
 # --- A finished run --------------------------------------------------------------------------------------------------

@@ -106,10 +106,8 @@ async def distill(
         keep = compact_values(json.loads((data / MANIFEST).read_text(encoding="utf-8")).get("keep", ()))
         pupil = _Pupil(teacher, answers, search, store, limits, lineage["votes"], seed, counts, keep)
         if work == "pseudo":
-            held_out = {
-                squeeze(q.text) for side in ("valid", "test") for d in source.splits[side] for q in d.lines[::2]
-            }
-            asked = [d for d in _unlabelled(unlabelled, skip_bad, counts) if squeeze(d.lines[-1].text) not in held_out]
+            answered = {squeeze(q.text) for found in source.splits.values() for d in found for q in d.lines[::2]}
+            asked = [d for d in _unlabelled(unlabelled, skip_bad, counts) if not _stands_in(answered, d, counts)]
             done, made = source.splits["train"], await _collect(pupil.pseudo(asked), len(asked), tell)
         elif work == "back-translation":
             done = source.splits["train"]
@@ -120,7 +118,7 @@ async def distill(
     kept = [*done, *_fewer_of_each(made, limits.max_same, counts)]
     if not any(line.learn and line.role == "assistant" for d in kept for line in d.lines):
         raise MerchantError(f"no answer of {teacher.name} passed: {dict(counts)}")
-    report = {**lineage, "n_made": len(kept) - len(done), "counts": dict(sorted(counts.items()))}
+    report = {**lineage, "n_made": len(kept) - len(done), "counts": dict(sorted((+counts).items()))}
     write_data(partial, {**source.splits, "train": kept}, data, report)
     (partial / "answers.sqlite3").unlink()
     partial.replace(out)
@@ -391,6 +389,13 @@ def _fewer_of_each(made: Sequence[Dialogue], most: int, counts: Counter[str]) ->
         if any(line.learn and line.role == "assistant" for line in lines):
             kept.append(replace(dialogue, lines=tuple(lines)))
     return kept
+
+
+def _stands_in(answered: set[str], dialogue: Dialogue, counts: Counter[str]) -> bool:
+    """Whether people answered the question already, on any side: their reply is better, or it is measured on."""
+    found = squeeze(dialogue.lines[-1].text) in answered
+    counts["left out: answered in the data"] += found
+    return found
 
 
 def _unlabelled(paths: Sequence[Path], skip_bad: bool, counts: Counter[str]) -> Iterator[Dialogue]:

@@ -554,7 +554,18 @@ def _of_events(path: Path, conversation: str, events: list[list[Any]]) -> Dialog
         for _, _, kind, data in parsed:
             if kind == "rating" and data.get("value") in ("up", "down"):
                 ratings[int(data.get("rated", -1))] = data["value"]
-        for seq, _, kind, data in parsed:
+        # A reply that was asked for again stands in its predecessor's place, as in bot/conversations.py.
+        latest = {
+            data["turn"]: (seq, data)
+            for seq, _, kind, data in parsed
+            if kind == "message" and data.get("role") == "bot" and data.get("turn")
+        }
+        for first, _, kind, given in parsed:
+            seq, data = first, given
+            if kind == "message" and given.get("role") == "bot" and given.get("turn"):
+                if given["turn"] not in latest:
+                    continue
+                seq, data = latest.pop(given["turn"])
             who = {"visitor": "user", "bot": "assistant", "agent": "assistant"}.get(str(data.get("role")))
             text = data.get("text")
             if kind != "message" or who is None or not isinstance(text, str) or not text.strip():

@@ -74,7 +74,7 @@ def load_texts(config: RunConfig) -> Texts:
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for item in _read(path, config.columns):
+        for item in _read(path, {str(what): name for what, name in config.columns.items()}):
             faults.append(item) if isinstance(item, Fault) else raw.append(item)
     if faults and not config.skip_bad:
         raise BadData(faults[:MAX_FAULTS], len(faults))
@@ -274,16 +274,16 @@ def _drawn_sides(texts: Sequence[Text], config: RunConfig) -> dict[str, list[Tex
     for t, cluster in zip(texts, _alike(texts), strict=True):
         clusters[cluster].append(t)
     by_label: dict[str, list[list[Text]]] = defaultdict(list)
-    for cluster in clusters.values():
+    for together in clusters.values():
         # A cluster of several labels is drawn with its commonest.
-        by_label[Counter(t.label for t in cluster).most_common(1)[0][0]].append(cluster)
+        by_label[Counter(t.label for t in together).most_common(1)[0][0]].append(together)
     splits: dict[str, list[Text]] = {split: [] for split in SPLITS}
     for label in sorted(by_label):
         groups = by_label[label]
         random.Random(f"{config.seed}:{label}").shuffle(groups)
         groups.sort(key=len, reverse=True)  # large clusters first, to training: what is left divides finely
-        n = sum(map(len, groups))
-        room = {"test": round(n * config.test), "valid": round(n * config.valid)}
+        n_texts = sum(map(len, groups))
+        room = {"test": round(n_texts * config.test), "valid": round(n_texts * config.valid)}
         biggest, rest = groups[:1], groups[1:]
         splits["train"] += biggest[0]  # each label is learned, however rare
         for group in reversed(rest):

@@ -29,9 +29,17 @@ class RowInputs(Protocol):
 class Objective(Protocol):
     """What is learned of the examples of "train" and measured on those of "valid"."""
 
-    lengths: Mapping[str, Sequence[int]]  # tokens of each example, by split
-    n_learned: Mapping[str, Sequence[int]]  # of them, those that are targets
-    reads_once: bool  # the trunk is frozen and its states are kept: later epochs cost nothing
+    @property
+    def lengths(self) -> Mapping[str, Sequence[int]]:
+        """Tokens of each example, by split."""
+
+    @property
+    def n_learned(self) -> Mapping[str, Sequence[int]]:
+        """Of them, those that are targets."""
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether the trunk is frozen and its states are kept: later epochs cost nothing."""
 
     def inputs(self, split: str, row: Row, device: str) -> Any:
         """Return the RowInputs of a row."""

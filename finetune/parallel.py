@@ -120,7 +120,7 @@ def is_sharded(p: torch.Tensor) -> bool:
 
 def whole(p: torch.Tensor) -> torch.Tensor:
     """Return a tensor whole and on the CPU; every process has to ask."""
-    full: torch.Tensor = p.full_tensor() if is_sharded(p) else p  # type: ignore[attr-defined]
+    full: torch.Tensor = p.full_tensor() if is_sharded(p) else p
     return full.detach().cpu().contiguous()
 
 
@@ -130,7 +130,7 @@ def like(values: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
     if not is_sharded(p):
         return values
-    return distribute_tensor(values.to(p.device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return distribute_tensor(values.to(p.device), p.device_mesh, p.placements)
 
 
 def shard(model: Any, config: RunConfig, ranks: Ranks) -> Any:
@@ -247,8 +247,8 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
         for pid in context.pids():
             os.kill(pid, number)
 
-    for s in before:
-        signal.signal(s, pass_on)
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         while not context.join():
             pass
@@ -259,8 +259,8 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
     except mp.ProcessRaisedException as exc:
         raise ProcessFailed(exc.error_index, str(exc).strip().splitlines()[-1]) from exc
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -81,15 +81,6 @@ class Judged:
         return [Example(self.prompt + side, (*[IGNORE] * len(self.prompt), *side)) for side in sides]
 
 
-class _Sizes:
-    """What run.json says of the examples."""
-
-    def __init__(self, judged: Mapping[str, Sequence[Judged]]) -> None:
-        self.lengths = {
-            split: [len(e.input_ids) for j in found for e in j.examples()] for split, found in judged.items()
-        }
-
-
 def train_preferences(
     config: RunConfig,
     folder: Path,
@@ -126,11 +117,11 @@ def train_preferences(
         judged = _judged(run, data, config, tokenizer, search, store or NO_STORE, counts)
         if not judged["train"]:
             raise MerchantError(f"no preference is left to train on: {dict(counts)}")
-        size = _Sizes(judged)
-        shape = _Shape.of(config, judged["train"], size.lengths["train"])
+        lengths = {split: [len(e.input_ids) for j in found for e in j.examples()] for split, found in judged.items()}
+        shape = _Shape.of(config, judged["train"], lengths["train"])
         if not resume:
             run.write_json(
-                "run.json", run_head(config, data.sha256, base_name, base, tokenizer, counts, size, shape.n_steps)
+                "run.json", run_head(config, data.sha256, base_name, base, tokenizer, counts, lengths, shape.n_steps)
             )
             examples = [e for j in judged["train"][:3] for e in j.examples()]
             (folder / "mask_proof.txt").write_text(mask_proof(examples, tokenizer.decode, 6), encoding="utf-8")
@@ -139,7 +130,7 @@ def train_preferences(
         # 2) The model, and what the run will cost. Padded rows: a packed one would join a pair.
         padded = config.model_copy(update={"packing": False})
         model = adapt(load_base(base, padded), padded, shape.n_steps, base_name)
-        estimate = _estimate(model, padded, judged["train"], size.lengths, shape)
+        estimate = _estimate(model, padded, judged["train"], lengths, shape)
         report({"kind": "estimate", **estimate})
         if dry_run:
             return estimate

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -156,7 +156,7 @@ def train(
         if not resume and ranks.writes:
             run.write_json(
                 "run.json",
-                run_head(config, data.sha256, base_name, base, tokenizer, counts, objective, n_steps)
+                run_head(config, data.sha256, base_name, base, tokenizer, counts, objective.lengths, n_steps)
                 | {"data_lineage": data.lineage if isinstance(data, Data) else None},
             )
             (folder / "mask_proof.txt").write_text(proof, encoding="utf-8")
@@ -244,7 +244,7 @@ def check_same(run: RunFolder, config: RunConfig, data_sha256: str) -> None:
 
 def run_head(
     config: RunConfig, data_sha256: str, base_name: str, base: Path, tokenizer: HfTokenizer, counts: Counter[str],
-    objective: Objective, n_steps: int,
+    lengths: Mapping[str, Sequence[int]], n_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     template = hashlib.sha256(str(tokenizer.inner.chat_template).encode()).hexdigest()
     return {
@@ -258,7 +258,7 @@ def run_head(
         "environment": environment(),
         "threads": torch.get_num_threads(),
         "counts": dict(counts),
-        "n_examples": {split: len(found) for split, found in objective.lengths.items()},
+        "n_examples": {split: len(found) for split, found in lengths.items()},
         "n_steps": n_steps,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

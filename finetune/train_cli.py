@@ -21,7 +21,8 @@ SearchOf = Callable[[Path], tuple[Any, Any, Callable[[], None]]]  # store folder
 Main = Callable[[list[str]], int]
 
 _NUMBERS: tuple[tuple[str, type], ...] = (
-    ("rank", int), ("alpha", float), ("lr", float), ("warmup", float), ("weight-decay", float), ("epochs", float),
+    ("rank", int), ("alpha", float), ("beta", float),
+    ("lr", float), ("warmup", float), ("weight-decay", float), ("epochs", float),
     ("max-steps", int), ("max-tokens", int), ("row-tokens", int), ("batch-tokens", int), ("eval-every", int),
     ("patience", int), ("unanswerable", float), ("gpus", int), ("threads", int), ("seed", int),
 )  # fmt: skip

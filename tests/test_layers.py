@@ -126,6 +126,7 @@ BOT_FOR_FINETUNE = (
     "bot.language",
     "bot.errors",
     "bot.guard.injection",
+    "bot.guard.facts",
     "bot.experiments",
     "bot.releases",
 )

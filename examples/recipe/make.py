@@ -36,6 +36,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from bot.answer import close_to_best  # noqa: E402
 from bot.demo import date_promotions  # noqa: E402
 from bot.evaluate import squeeze  # noqa: E402
 from bot.followup import complete  # noqa: E402
@@ -53,10 +54,10 @@ TODAY = datetime(2026, 11, 16, 12, tzinfo=UTC)  # of the dialogues and promotion
 # How many families of each kind, both languages together. A family is several questions on the same passages, which
 # training computes once (`shared_prefixes`).
 COUNTS = {
-    "fact": 34, "cross": 8, "policy": 10, "product": 18, "promotion": 16, "follow-up": 12, "not on": 10,
-    "shop": 136, "demo": 132, "demo unanswerable": 36,
+    "fact": 30, "cross": 8, "policy": 8, "product": 20, "promotion": 36, "follow-up": 12, "not on": 14,
+    "shop": 150, "demo": 132, "demo unanswerable": 90,
 }  # fmt: skip
-N_DIALOGUES = 24  # replies out of the demo store's dialogues
+N_DIALOGUES = 20  # replies out of the demo store's dialogues
 _HEADINGS = {
     "shipping": ("配送说明", "Delivery"), "abroad": ("境外订单", "Orders abroad"), "returns": ("退换货", "Returns"),
     "warranty": ("质保与维修", "Warranty and repair"), "payment": ("付款", "Payment"), "invoice": ("发票", "Invoices"),
@@ -179,7 +180,7 @@ class Recipe:
         """Return passages best first, the right one where the retriever would have it: mostly best, not always."""
         others = list(others)
         rng.shuffle(others)
-        at = 0 if rng.random() < 0.7 else rng.randint(0, len(others))
+        at = 0 if rng.random() < 0.8 else rng.randint(0, len(others))
         return [*others[:at], right, *others[at:]]
 
     def noisy(self, rng: random.Random, question: str, language: Language) -> str:
@@ -197,7 +198,7 @@ class Recipe:
         return question
 
     def n_others(self, rng: random.Random) -> int:
-        return rng.choices([2, 3, 4], [2, 6, 1])[0]
+        return rng.choices([1, 2, 3], [2, 3, 4])[0]
 
     # --- fictional shops ------------------------------------------------------------------------------
 
@@ -289,7 +290,8 @@ class Recipe:
 
     def said_of(self, n: int, attribute: str, said: dict[str, str], language: Language) -> str:
         title = self.products["goods"][n][1 if language == "zh" else 3]
-        return f"{title}：{said[attribute]}" if language == "zh" else f"{title}: {said[attribute]}"
+        stop, gap = ("。", "") if language == "zh" else (".", " ")
+        return f"{title}{stop}{gap}{gap.join(said.values())}"
 
     def make_product(self, rng: random.Random, language: Language) -> list[Example]:
         goods = self.products["goods"]
@@ -343,16 +345,13 @@ class Recipe:
         numbers = rng.sample(range(len(self.promotions["promotion"])), rng.randint(2, 5))
         made = [self.promotion(rng, n, language) for n in numbers]
         passages = [p for p, _, _ in made]
-        others = [self.passage(self.fact(rng, rng.randrange(len(self.facts))), language) for _ in range(rng.randint(0, 2))]
+        others = [self.passage(self.fact(rng, rng.randrange(len(self.facts))), language) for _ in range(rng.choice([0, 0, 1]))]
         asked = []
-        for right, text, asks in made[:3]:
-            # As with FAQs: the sentences that were asked for, without the last formalities.
-            sentences = re.findall(r"[^。]+。" if language == "zh" else r"[^.]+\.(?: |$)", text)
-            colon = "：" if language == "zh" else ": "
-            asked.append((rng.choice(asks), f"{right.title}{colon}{''.join(sentences[:2]).strip()}"))
+        for right, _, asks in made[:3]:
+            asked.append((rng.choice(asks), right.text))
         head, tail, mark = {"zh": ("目前有：", "。", "；"), "en": ("On now: ", ".", "; ")}[language]
         listed = mark.join(p.title for p in reversed(passages))  # in the order in which they are read
-        asked.append((rng.choice(self.promotions["all"][language]), head + listed + tail))
+        asked += [(q, head + listed + tail) for q in rng.sample(self.promotions["all"][language], 2)]
         asked.append((self.unanswered(rng, language, set()), REFUSAL[language]))
         asked = [(self.noisy(rng, q, language), reply) for q, reply in asked]
         return self.family(rng, language, [*passages, *others], asked, store=self.store(rng, [p.title for p in passages]))
@@ -434,7 +433,9 @@ class Recipe:
                 writer.writerows([p["id"], p["title"], p["text"], p["lang"], "|".join(p["questions"])] for p in passages)
             retriever = LiveRetriever(folder, default_embedder(2), default_cache_dir() / "index")
             try:
-                yield lambda question, language, k: [h.passage for h in retriever.search(question, k, now=TODAY, lang=language)]
+                yield lambda question, language, k: [
+                    h.passage for h in close_to_best(retriever.search(question, k, now=TODAY, lang=language))
+                ]
             finally:
                 retriever.close()
 
@@ -459,7 +460,10 @@ class Recipe:
 
         def find(question: str, language: Language, k: int, history: Sequence[Turn] = (), at: datetime = TODAY) -> list[Passage]:
             query = complete(question, tuple(history)).standalone
-            return [hit.passage for hit in retriever.search(query, k, now=at, lang=language)]
+            return [hit.passage for hit in close_to_best(retriever.search(query, k, now=at, lang=language))]
+
+        def find_all(question: str, language: Language, k: int) -> list[Passage]:
+            return [hit.passage for hit in retriever.search(question, k, now=TODAY, lang=language)]
 
         try:
             with (folder / "faqs.csv").open(encoding="utf-8", newline="") as file:
@@ -472,7 +476,7 @@ class Recipe:
                     question, row = rng.choice(wordings[language])
                     refused = (none, REFUSAL[language])
                     if kind == "demo":
-                        passages = find(question, language, 4)
+                        passages = find_all(question, language, rng.choices([1, 2, 3, 4], [5, 4, 3, 5])[0])
                         right = next((p for p in passages if p.id == row["id"]), None)
                         if right is None:
                             continue
@@ -487,6 +491,8 @@ class Recipe:
                     elsewhere = [q for q, r in wordings[language] if r["tags"].split(",")[0] not in topics]
                     asked = rng.sample(own, min(4, len(own))) + rng.sample(here, min(1 + 2 * (not own), len(here)))
                     asked += [refused, (rng.choice(elsewhere), REFUSAL[language])]
+                    if kind == "demo unanswerable":
+                        asked.append((rng.choice(self.unanswerable[language]), REFUSAL[language]))
                     asked = [(self.noisy(rng, q, language), a) for q, a in asked]
                     family = self.family(rng, language, passages, asked, store=short if rng.random() < 0.9 else store)
                     yield [replace(e, kind=kind) for e in (renumbered(rng, family) if rng.random() < 0.6 else family)]

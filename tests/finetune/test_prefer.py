@@ -165,7 +165,7 @@ async def _turn(storage: Storage, conversation: str, turn: str, question: str, *
 
 
 def loaded(path: Path, objective: str) -> Preferences:
-    return load_preferences(RunConfig(data=path, objective=objective, valid=0.0, test=0.0))  # type: ignore[arg-type]
+    return load_preferences(RunConfig(data=path, objective=objective, valid=0.0, test=0.0))
 
 
 def test_a_regenerated_reply_is_preferred_to_the_one_before_unless_the_thumbs_say_the_opposite(tmp_path: Path) -> None:

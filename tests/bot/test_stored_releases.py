@@ -183,6 +183,6 @@ class TestTheShippedRelease:
     ) -> None:
         release = load_release(shipped(base, tmp_path / "shipped"))
         usage = shutil.disk_usage(tmp_path)._replace(free=10)
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(MerchantError, match=r"needs 0 MB .* set ZHANGGUI_CACHE"):
             resolve_release(release, tmp_path / "cache")
