@@ -615,7 +615,7 @@ CLOSE = 0.2  # of the best hit's confidence
 
 
 def close_to_best(hits: Sequence[Hit]) -> list[Hit]:
-    """Return the best of `hits` (best first) and those whose confidence is not far below its; training does the same."""
+    """Return the best of `hits`, best first, and those not far below it in confidence; training does the same."""
     return [h for h in hits if h is hits[0] or h.confidence >= CLOSE * hits[0].confidence]
 
 

@@ -89,9 +89,7 @@ def _messages(
         messages += [Message("user", strip_control_tokens(turn.question)), Message("assistant", turn.reply)]
     # Their order is all that the model learns of what the retriever thinks of them: two in three answers stand in the
     # best one. It comes last, because a small model reads best what is nearest to the question.
-    listed = "\n".join(
-        f"[{n}] {strip_control_tokens(passage_line(p))}" for n, p in enumerate(reversed(passages), 1)
-    )
+    listed = "\n".join(f"[{n}] {strip_control_tokens(passage_line(p))}" for n, p in enumerate(reversed(passages), 1))
     ask = _ASK[language].format(passages=listed or "-", question=strip_control_tokens(question))
     messages.append(Message("user", ask))
     return messages

@@ -384,9 +384,8 @@ def _parser() -> argparse.ArgumentParser:
         default="keep",
         help='context: do not learn "I\'ve checked your order"',
     )
-    c.add_argument(
-        "--validation", action="append", type=Path, default=[], metavar="FILE", help="the validation side, instead of a share"
-    )  # fmt: skip
+    side = "the validation side, instead of a share"
+    c.add_argument("--validation", action="append", type=Path, default=[], metavar="FILE", help=side)
     c.add_argument("--valid", type=_share, default=0.1, metavar="S", help="share for validation (0.1)")
     c.add_argument("--test", type=_share, default=0.1, metavar="S", help="share for the test, the latest (0.1)")
     c.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read instead of refusing all")

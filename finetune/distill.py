@@ -94,9 +94,10 @@ async def distill(
     if source.rendered:
         raise MerchantError(f"{data}: holds rendered conversations; give the import that they were made of")
     partial = _begin(out)
-    lineage = {
+    n_votes = limits.n_votes if ask_votes or work == "pseudo" else 0
+    lineage: dict[str, Any] = {
         "work": work, "teacher": teacher.name, "of": source.sha256, "prompt_version": PROMPT_VERSION,
-        "limits": asdict(limits), "votes": limits.n_votes if ask_votes or work == "pseudo" else 0, "seed": seed,
+        "limits": asdict(limits), "votes": n_votes, "seed": seed,
         "unlabelled": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in unlabelled if p.is_file()},
     }  # fmt: skip
     if source.lineage is not None:
@@ -104,7 +105,7 @@ async def distill(
     counts: Counter[str] = Counter()
     with closing(_Answers(partial, lineage)) as answers:
         keep = compact_values(json.loads((data / MANIFEST).read_text(encoding="utf-8")).get("keep", ()))
-        pupil = _Pupil(teacher, answers, search, store, limits, lineage["votes"], seed, counts, keep)
+        pupil = _Pupil(teacher, answers, search, store, limits, n_votes, seed, counts, keep)
         if work == "pseudo":
             answered = {squeeze(q.text) for found in source.splits.values() for d in found for q in d.lines[::2]}
             asked = [d for d in _unlabelled(unlabelled, skip_bad, counts) if not _stands_in(answered, d, counts)]
@@ -296,7 +297,7 @@ class _Pupil:
         """Whether enough answers drawn at random say the same: the same facts, or a refusal each."""
         meant = _meaning(reply)
         drawn = [tidy(await self._ask(prompt, seed=self.seed * 1000 + n + 1)) for n in range(self.n_votes)]
-        return sum(_meaning(d) == meant for d in drawn) >= self.limits.min_confidence * self.n_votes
+        return bool(sum(_meaning(d) == meant for d in drawn) >= self.limits.min_confidence * self.n_votes)
 
     async def _ask(self, messages: Sequence[Message], *, seed: int | None = None) -> str:
         plain = json.dumps([seed, *((m.role, m.content) for m in messages)], ensure_ascii=False)

@@ -425,9 +425,7 @@ def _encoding_of(path: Path) -> str | None:
     return max(votes, key=lambda name: votes[name])
 
 
-def _rows(
-    path: Path, table: Iterator[tuple[int, list[Any]] | Fault], mapping: Mapping_
-) -> Iterator[Row | Fault]:
+def _rows(path: Path, table: Iterator[tuple[int, list[Any]] | Fault], mapping: Mapping_) -> Iterator[Row | Fault]:
     first = next(table, (1, []))
     if isinstance(first, Fault):
         yield first

@@ -104,11 +104,11 @@ def _check_preferences(config: dict[str, Any]) -> int:
         sys.stderr.write(f"error: {exc}\n")
         return 2
     splits = {name: {"n_dialogues": len(side)} for name, side in found.splits.items()}
-    counts = {
-        kind: {name: n for name, n in found.counts.items() if name.startswith(kind)} for kind in ("left out", "masked")
-    }
+    # As an import's report has them: the kinds of personal data bare, the reasons behind "left out: ".
+    dropped = {name: n for name, n in found.counts.items() if name.startswith("left out")}
+    masked = {name.removeprefix("masked: "): n for name, n in found.counts.items() if name.startswith("masked: ")}
     n = sum(len(side) for side in found.splits.values())
-    report = {"n_read": n, "splits": splits, "dropped": counts["left out"], "masked": counts["masked"]}
+    report = {"n_read": n, "splits": splits, "dropped": dropped, "masked": masked}
     sys.stdout.write(json.dumps(report, ensure_ascii=False))
     return 0
 

@@ -91,6 +91,10 @@ def _packed_attention(
     for part, q, k, v in pieces:
         n = q.shape[2]
         if not isinstance(part, int):
+            if sliding_window and n > sliding_window:
+                raise MerchantError(
+                    f"shared_prefixes: this model looks back {sliding_window} tokens, and {n} are joined: leave it out"
+                )
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=part, dropout_p=dropout, scale=scaling))
         elif sliding_window and n > sliding_window:
             place = torch.arange(n, device=q.device)
@@ -363,7 +367,12 @@ def save_result(
         ranks = fold_adalora(model, folder)
         return {"kind": "adapter", "peft_type": "LORA", "ranks": ranks}
     model.save_pretrained(folder)
-    return {"kind": "adapter", "peft_type": json.loads((folder / "adapter_config.json").read_text())["peft_type"]}
+    path = folder / "adapter_config.json"
+    adapter = json.loads(path.read_text())
+    # peft writes sets in whatever order they have in this process: equal runs are to have equal files.
+    adapter = {name: sorted(value) if isinstance(value, list) else value for name, value in adapter.items()}
+    path.write_text(json.dumps(adapter, indent=2, sort_keys=True))
+    return {"kind": "adapter", "peft_type": adapter["peft_type"]}
 
 
 def fold_adalora(model: Any, folder: Path) -> dict[str, int]:

@@ -33,8 +33,11 @@ def write_release(run: Path, out: Path, name: str) -> dict[str, object]:
     adapter = out / "adapter_model.safetensors"
     tensors = load_file(run / "result" / "adapter_model.safetensors")
     save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, adapter, metadata={"format": "pt"})
+    adapter.chmod(0o644)  # safetensors writes for its owner only
     if adapter.stat().st_size > MAX_BYTES:
-        sys.exit(f"{adapter}: {adapter.stat().st_size:,} bytes, and {MAX_BYTES:,} may be shipped: a lower rank, or fewer layers")
+        sys.exit(
+            f"{adapter}: {adapter.stat().st_size:,} bytes, and {MAX_BYTES:,} may be shipped: a lower rank, or fewer layers"
+        )
     shutil.copy(run / "result" / "adapter_config.json", out / "adapter_config.json")
     digest = hashlib.sha256()
     for path in sorted(resolve_model(head["base"]).glob("*.safetensors")):

@@ -178,6 +178,7 @@ class TestRoomForASecondEngine:
             assert "restart the server" in why
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what vLLM imports for LoRA, not ours
 @needs_vllm
 @pytest.mark.timeout(900)
 async def test_releases_are_loaded_and_forgotten_by_a_running_engine(tiny_model: Path, tmp_path: Path) -> None:

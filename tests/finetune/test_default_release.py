@@ -61,8 +61,9 @@ def test_training_takes_the_folder_and_notices_a_changed_file(
 
 
 def test_no_question_of_the_cases_is_trained_on(made: tuple[Path, list[dict[str, object]]]) -> None:
-    asked = {squeeze(t) for path in CASES for line in path.read_text(encoding="utf-8").splitlines() for t in json.loads(line)["turns"]}
-    assert len(CASES) >= 2 and len(asked) > 150
+    lines = [line for path in CASES for line in path.read_text(encoding="utf-8").splitlines()]
+    asked = {squeeze(turn) for line in lines for turn in json.loads(line)["turns"]}
+    assert len(asked) > 150
     trained = {squeeze(question_of(c)).rpartition("回答:")[2] for c in made[1]}
     trained |= {squeeze(question_of(c)).rpartition("english:")[2] for c in made[1]}
     # And those that need the embedder to be made: their questions stand in files.

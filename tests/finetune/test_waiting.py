@@ -17,7 +17,14 @@ from finetune.waiting import NotServed, readyz_of, wait_until_served
 
 
 def says(wanted: str | None, state: str, name: str | None = "one", detail: str = "", **more: Any) -> dict[str, Any]:
-    status: dict[str, Any] = {"name": name, "wanted": wanted, "state": state, "detail": detail, "follows": True, "live": []}
+    status: dict[str, Any] = {
+        "name": name,
+        "wanted": wanted,
+        "state": state,
+        "detail": detail,
+        "follows": True,
+        "live": [],
+    }
     return {"release": status | more}
 
 
