@@ -766,7 +766,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    exclude = options.exclude or sorted(p for p in HERE.parent.rglob("cases.jsonl"))
+    exclude = options.exclude or sorted(p for p in HERE.parent.rglob("*cases.jsonl"))
     demo, shops = (None, None) if options.fictional else (options.demo, options.shops)
     manifest = make(options.out, demo=demo, shops=shops, exclude=exclude, seed=options.seed, share=options.share)
     print(json.dumps(manifest["counts"], ensure_ascii=False, indent=1))

@@ -201,10 +201,8 @@ async def test_releases_are_loaded_and_forgotten_by_a_running_engine(tiny_model:
         (core,) = engine.processes()
 
         async def loaded() -> set[int]:
-            found: set[int] = await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(engine._llm.list_loras(), engine._loop)  # type: ignore[arg-type]
-            )
-            return found
+            found = asyncio.run_coroutine_threadsafe(engine._llm.list_loras(), engine._loop)  # type: ignore[arg-type]
+            return set(await asyncio.wrap_future(found))  # a set or a list, by how the core is asked
 
         # 1) Published while a turn of the base is under way: each is answered by its own, in one batch.
         with engines.lease() as held:

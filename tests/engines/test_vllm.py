@@ -368,7 +368,8 @@ class TestSettings:
         arguments = engine_arguments(cuda_profile(), some_model(tmp_path))
         assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (8192, 256)
         assert arguments["gpu_memory_utilization"] == 0.90
-        assert not {"speculative_config", "block_size", "distributed_executor_backend", "enable_lora"} & set(arguments)
+        assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 4, 32)
+        assert not {"speculative_config", "block_size", "distributed_executor_backend"} & set(arguments)
         assert "LD_PRELOAD" not in module.vllm_environment(cuda_profile())
 
     @needs_vllm

@@ -17,7 +17,7 @@ from finetune.grounding import REFUSALS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RELEASE = ROOT / "bot" / "default_release"
-CASES = sorted((ROOT / "examples").rglob("cases.jsonl"))
+CASES = sorted((ROOT / "examples").rglob("*cases.jsonl"))
 
 
 def make(out: Path, *arguments: str) -> list[dict[str, object]]:

@@ -85,6 +85,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     assert len(str(found.value).splitlines()) == 1
 
 
+@pytest.mark.timeout(300)  # two hundred steps, and five commands
 def test_a_fine_tuned_embedder_is_kept_when_it_wins_used_and_given_up_again(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
