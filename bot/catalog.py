@@ -226,7 +226,7 @@ def check_folder(folder: Path) -> Path:
             )
         raise MerchantError(f"{str(folder)!r} has no config.json: save the model there with `save_pretrained`")
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in _read_json(folder / name):
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
             raise MerchantError(
                 f"{str(folder / name)!r} asks to run code that came with the model (auto_map), which is never done: "
                 "use a model that transformers knows, or remove auto_map if its architecture is built in by now"
@@ -242,7 +242,7 @@ def check_folder(folder: Path) -> Path:
         raise MerchantError(f"{str(folder)!r} has no *.safetensors weights")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - {p.name for p in weights})
+        missing = sorted(set(read_json(index).get("weight_map", {}).values()) - {p.name for p in weights})
         if missing:
             raise MerchantError(f"{str(folder)!r} lacks {missing[0]!r}, which its index names: copy it there")
     for path in weights:
@@ -252,7 +252,8 @@ def check_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the one JSON object in `path`; raises MerchantError where it cannot be."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
@@ -435,7 +436,7 @@ def verify(entry: Entry, cache_dir: Path | None = None) -> bool:
     folder = model_folder(entry.name, cache_dir)
     if not is_here(entry, cache_dir):
         raise MerchantError(f"model {entry.name!r} is not here: `python -m bot models fetch {entry.name}`")
-    noted: str | None = _read_json(folder / STAMP).get("weights_sha256")
+    noted: str | None = read_json(folder / STAMP).get("weights_sha256")
     if noted is None:
         raise MerchantError(f"model {entry.name!r} came from the hub, which was checked file by file when it came")
     return sha256_of(folder / "model.safetensors") == noted

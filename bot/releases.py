@@ -18,9 +18,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bot.catalog import STAMP, check_folder, load_catalog, locked, model_folder, resolve_model
+from bot.catalog import STAMP, check_folder, load_catalog, locked, model_folder, read_json, resolve_model
 from bot.errors import MerchantError
 from bot.fetch import MB, Progress, silent
 from bot.merging import WEIGHTS, merge_adapter, rank_of
@@ -106,7 +105,7 @@ def load_release(folder: Path) -> StoredRelease:
     Raises:
         MerchantError: no release, or one without anything to serve.
     """
-    raw = _read_json(folder / "release.json")
+    raw = read_json(folder / "release.json")
     name, base = raw.get("name"), raw.get("base")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise MerchantError(f"{folder / 'release.json'}, name: {name!r} is no name; letters, digits, dots and dashes")
@@ -256,18 +255,8 @@ def _base_name(base: str) -> str:
         lineage = Path(base).parent / "release.json"
         if Path(base).name != "model" or not lineage.is_file():
             break
-        base = str(_read_json(lineage).get("base", base))
+        base = str(read_json(lineage).get("base", base))
     return Path(base).name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise MerchantError(f"{path}: not readable ({exc})") from None
-    if not isinstance(value, dict):
-        raise MerchantError(f"{path}: should hold one JSON object")
-    return value
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,6 @@ in `embedders/` of the same folder, lie the model's own files, `finetuned.json` 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from retrieval.errors import BadStore, Fault, RetrievalError
 from retrieval.index import BODY_CHARS, body_of
 from retrieval.learned import N_EXAMPLES
 from retrieval.tune import Bench, Problem, trial
+from retrieval.tuning import point_to
 
 FOLDER = "embedders"
 ABOUT = "finetuned.json"
@@ -202,12 +202,7 @@ class Finetuned:
         Raises:
             BadStore: there is no such version.
         """
-        if version is not None and version not in self.versions():
-            raise BadStore([Fault(str(self.folder), None, version, "no such version; see tune --list")])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / f".current.{os.getpid()}.tmp"
-        beside.write_text(json.dumps({"version": version}) + "\n", "utf-8")
-        beside.replace(self.folder / "current.json")
+        point_to(self.folder, version, self.versions())
 
     def versions(self) -> list[str]:
         """Return the versions there are, oldest first."""

@@ -112,6 +112,21 @@ def tuned_retriever(
     return retriever
 
 
+def point_to(folder: Path, version: str | None, versions: Sequence[str]) -> None:
+    """
+    Make `version` the one that `folder` has in use, by a rename of `current.json`; None: none of its `versions`.
+
+    Raises:
+        BadStore: there is no such version.
+    """
+    if version is not None and version not in versions:
+        raise BadStore([Fault(str(folder), None, version, "no such version; see tune --list")])
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".current.{os.getpid()}.tmp"
+    beside.write_text(json.dumps({"version": version}) + "\n", "utf-8")
+    beside.replace(folder / "current.json")
+
+
 class Tunings:
     """The versions in one folder, a store's `tuned/` or one that was named."""
 
@@ -163,12 +178,7 @@ class Tunings:
         Raises:
             BadStore: there is no such version.
         """
-        if version is not None and version not in self.versions():
-            raise BadStore([Fault(str(self.folder), None, version, "no such version; see tune --list")])
-        beside = self.folder / f".current.{os.getpid()}.tmp"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"version": version}) + "\n", "utf-8")
-        beside.replace(self.folder / "current.json")
+        point_to(self.folder, version, self.versions())
 
     def versions(self) -> list[str]:
         """Return the versions there are, oldest first."""
