@@ -182,7 +182,9 @@ def engine_arguments(profile: Profile, model_dir: Path) -> dict[str, Any]:
     return arguments
 
 
-CORE_BYTES = 1 << 30  # of an engine core beside weights and cache: libraries, buffers of a step (0.8 GB measured)
+# Of an engine core beside weights and cache: libraries, buffers of a step. Cores of a tiny model had 0.8 to 1.1 GB
+# resident, what they share with each other included.
+CORE_BYTES = 1 << 30
 
 
 def shortage(profile: Profile, model_dir: Path) -> str | None:
