@@ -91,6 +91,10 @@ format: $(call stamp,dev)
 bench: $(call stamp,cpu) $(call stamp,dev)  ## the benchmark tables, to bench/results/*.json and the screen
 	$(RUN) bench/main.py
 
+.PHONY: default-encoders
+default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, made anew: about a quarter of an hour
+	$(RUN) examples/training/tune.py
+
 .PHONY: default-release
 default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: about half an hour on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data

@@ -67,6 +67,10 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
             examples += label_conversation(c.messages, c.learn, tokenizer, options.max_tokens)
         except ValueError:
             continue
+    if len(examples) < options.batch:
+        raise SystemExit(
+            f"{options.data}: {len(examples)} examples of at most {options.max_tokens} tokens, fewer than a batch"
+        )
     lengths = [len(e.input_ids) for e in examples]
     model = adapt(load_base(base, config), config, 1000, options.base)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-4)

@@ -35,6 +35,7 @@ from finetune.grounding import NO_STORE, Search
 from finetune.html import STYLE
 from finetune.metrics import Interval, paired_difference, paired_perplexity, rouge_l, sentence_chrf
 from finetune.modeling import HfTokenizer
+from finetune.runs import write_report
 from finetune.train import read_conversations, train, write_conversations
 
 Report = Callable[[dict[str, Any]], None]
@@ -150,13 +151,7 @@ def ablate(
         "by": by, "n_held_out": len(examples), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "changes": rows, "kept": [r["change"] for r in rows[1:] if r["kept"]], "run": str(run), "data": str(data),
     }  # fmt: skip
-    for path, text in (
-        (folder / "ablate.json", json.dumps(document, ensure_ascii=False, indent=1) + "\n"),
-        (folder / "ablate.html", render_html(document)),
-    ):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    write_report(folder / "ablate.json", document, render_html(document))
     return document
 
 

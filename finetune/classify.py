@@ -7,7 +7,6 @@ paired, with a 95% interval over the texts. Kept in eval.json and, for people, e
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from finetune.evaluate import finished
 from finetune.labelled import read_texts
 from finetune.metrics import paired_difference
 from finetune.pii import Masker
+from finetune.runs import write_report
 
 MAX_ERRORS = 50  # shown in eval.html
 
@@ -122,13 +122,7 @@ def evaluate_classifier(run: Path) -> dict[str, Any]:
         # `publish` asks for a gate; a classifier answers no visitor.
         "gate": {"passed": False, "reasons": ["a classifier is no release; `finetune classify` uses it"]},
     }
-    for name, text in (
-        ("eval.json", json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n"),
-        ("eval.html", render_html(evaluation)),
-    ):
-        partial = run / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(run / name)
+    write_report(run / "eval.json", evaluation, render_html(evaluation))
     return evaluation
 
 

@@ -45,6 +45,7 @@ from finetune.metrics import (
 )
 from finetune.modeling import HfTokenizer, load_for_evaluation, merge, row_inputs, row_loss, virtual_tokens
 from finetune.pii import PLACEHOLDER
+from finetune.runs import write_report
 from finetune.train import folder_hash, read_conversations, write_conversations
 
 logger = logging.getLogger(__name__)
@@ -172,13 +173,7 @@ def evaluate(
         ],
     }
     evaluation["gate"] = judge(evaluation, gate or Gate())
-    for path, text in (
-        (run / "eval.json", json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n"),
-        (run / "eval.html", render_html(evaluation)),
-    ):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    write_report(run / "eval.json", evaluation, render_html(evaluation))
     return evaluation
 
 

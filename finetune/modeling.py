@@ -304,6 +304,11 @@ def _branch_mask(branches: Sequence[int], device: str) -> torch.Tensor:
 
 def row_loss(model: Any, inputs: Inputs, config: RunConfig, n_virtual: int = 0) -> torch.Tensor:
     """Return the summed cross-entropy of the learned tokens of a row, float32; nothing else's logits are computed."""
+    return F.cross_entropy(row_logits(model, inputs, config, n_virtual), inputs.targets, reduction="sum")
+
+
+def row_logits(model: Any, inputs: Inputs, config: RunConfig, n_virtual: int = 0) -> torch.Tensor:
+    """Return the logits that the learned tokens of a row are told from, (n_learned, vocabulary), float32."""
     # The same places of every line are computed: for a packed row exactly the wanted ones.
     columns, column_of = torch.unique(inputs.at[1], return_inverse=True)
     arguments: dict[str, Any] = {
@@ -317,8 +322,8 @@ def row_loss(model: Any, inputs: Inputs, config: RunConfig, n_virtual: int = 0) 
         arguments["attention_mask"] = inputs.attention_mask
     with autocast(config, inputs.input_ids.device.type):
         logits = model(**arguments).logits  # (lines, columns, vocabulary)
-    wanted = logits[inputs.at[0], column_of]  # (n_learned, vocabulary)
-    return F.cross_entropy(wanted.float(), inputs.targets, reduction="sum")
+    wanted: torch.Tensor = logits[inputs.at[0], column_of].float()
+    return wanted
 
 
 def virtual_tokens(config: RunConfig) -> int:

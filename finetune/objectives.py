@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from finetune.config import RunConfig
 from finetune.examples import Example, Row
-from finetune.modeling import row_inputs, row_loss, virtual_tokens
+from finetune.modeling import row_inputs, row_logits, row_loss, virtual_tokens
 
 
 class RowInputs(Protocol):
@@ -72,8 +73,11 @@ class LanguageModel:
         return row_loss(model, inputs, self.config, self.n_virtual)
 
     def sums(self, model: Any, inputs: Any) -> torch.Tensor:
-        return torch.tensor([float(self.loss(model, inputs)), len(inputs.targets)], dtype=torch.float64)
+        logits = row_logits(model, inputs, self.config, self.n_virtual)
+        loss = F.cross_entropy(logits, inputs.targets, reduction="sum")
+        n_right = (logits.argmax(-1) == inputs.targets).sum()
+        return torch.tensor([float(loss), len(inputs.targets), int(n_right)], dtype=torch.float64)
 
     def figures(self, sums: torch.Tensor) -> dict[str, float]:
         loss = float(sums[0] / sums[1])
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50))}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "accuracy": float(sums[2] / sums[1])}

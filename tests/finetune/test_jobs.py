@@ -177,6 +177,9 @@ async def test_a_job_lives_from_its_file_to_a_published_release(home: Path, caps
         assert all(
             c.metrics.step == c.step_number and c.metrics.valid_loss and c.metrics.train_loss for c in checkpoints
         )
+        accuracies = [c.metrics.valid_mean_token_accuracy for c in checkpoints]
+        assert all(accuracy is not None and 0 <= accuracy <= 1 for accuracy in accuracies)
+        assert accuracies == [c.metrics.full_valid_mean_token_accuracy for c in checkpoints]
         assert {c.fine_tuning_job_id for c in checkpoints} == {job.id}
         assert checkpoints[0].fine_tuned_model_checkpoint.endswith(":ckpt-step-30")
         rows = table((await client.files.content(job.result_files[0])).content)
