@@ -111,25 +111,34 @@ def test_the_recipe_trains_the_network_that_the_engine_runs(recipe: ModuleType, 
 
 
 @pytest.mark.timeout(120)
-def test_a_few_steps_of_the_recipe_bring_questions_nearer_to_their_passages(recipe: ModuleType) -> None:
+def test_a_few_steps_of_the_recipe_bring_questions_nearer_to_their_passages(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other where the machine is busy
+    monkeypatch.setattr(recipe, "BATCH", 8)
+    monkeypatch.setattr(recipe, "N_OTHERS", 4)
+    monkeypatch.setattr(recipe, "MAX_TOKENS", 48)
     torch.manual_seed(0)
     known, asked = recipe.read(["food"])
-    some = [one for one in asked if one.lang == "en"][-40:]
+    some = list({one.pairs: one for one in asked if one.lang == "en"}.values())[-40:]
     passages = [known["food"][one.pairs[0]]["en"]["text"] for one in some]
 
-    def nearness(model: object) -> float:
+    def loss(model: object) -> float:
         with torch.no_grad():
             texts = [one.text for one in some]
-            cosines = model(texts, is_query=True) @ model(passages, is_query=False).T  # type: ignore[operator]
-        return float((cosines.diagonal() - cosines.mean(1)).mean())
+            scores = model(texts, is_query=True) @ model(passages, is_query=False).T  # type: ignore[operator]
+        return float(torch.nn.functional.cross_entropy(scores / recipe.TEMPERATURE, torch.arange(len(some))))
 
     model = recipe.MiniLM()
-    before = nearness(model)
-    moves = recipe.tune(model, ["food"], ["en"], epochs=1, rate=1e-3)
-    assert nearness(model) > before + 0.02
-    assert set(moves) <= set(MiniLM()._w) | {
-        f"encoder.layer.{n}.attention.self.{p}.bias" for n in range(6) for p in ("query", "key", "value")
-    }
+    before = loss(model)
+    moves = recipe.tune(model, ["food"], ["en"], epochs=1, rate=3e-3)
+    after = loss(model)
+    torch.set_num_threads(n_threads)
+    assert after < before - 0.1
+    tensors = {name for name in MiniLM()._w if name.endswith(("bias", "LayerNorm.weight"))}
+    attention = {name.replace("output.dense", f"self.{part}") for name in tensors for part in ("query", "key", "value")}
+    assert set(moves) <= tensors | attention
     assert all(move.dtype == np.float16 for move in moves.values())
