@@ -43,7 +43,8 @@ N_OTHERS = 24  # passages that answer none of them, beside
 TEMPERATURE = 0.02
 ACROSS = 0.4  # share of the positives in the other language
 WARM_UP = 20  # steps
-# Of what was learned so much is shipped: half way between the published and the tuned encoder (WiSE-FT, arXiv 2109.01903)
+# Of what was learned so much is shipped: half way between the published and the tuned encoder (WiSE-FT, arXiv
+# 2109.01903)
 # keeps most of the gain on stores and loses nothing where the published one was better (docs/experiments.md).
 SHIPPED_SHARE = 0.5
 
