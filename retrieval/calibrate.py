@@ -31,6 +31,7 @@ from retrieval.passages import Passage
 from retrieval.words import detect_lang
 
 SEED = 7
+STORES = Path(__file__).resolve().parent.parent / "examples" / "training"  # of a checkout, as a developer has one
 N_QUESTIONS = 240  # a set, at most; embedding them is what takes the time
 N_RANKS = 3  # hits a question that are learned from: lower ones carry a confidence too
 RIDGE = 2e-4  # keeps a weight finite where a feature never varies
@@ -65,11 +66,15 @@ def problems(data_dir: Path) -> list[Problem]:
     return found
 
 
-def calibrate(data_dir: Path, embedder: Embedder, cache_dir: Path, out: Path | None = None) -> dict[str, Any]:
+def calibrate(
+    data_dir: Path, embedder: Embedder, cache_dir: Path, out: Path | None = None, stores: Path = STORES
+) -> dict[str, Any]:
     """
     Fit on every set, report how each does when it is left out of the fit, and write the coefficients to `out`.
 
-    Blocks for minutes the first time: thousands of questions are embedded, then kept under `cache_dir`.
+    The mean vectors are of the sets and of the knowledge in `stores`, which are what a store's texts are like; their
+    questions have no part in it, as the encoders were tuned on them. Blocks for minutes the first time: thousands of
+    questions are embedded, then kept under `cache_dir`.
 
     Raises:
         BadStore: no data.
@@ -78,7 +83,8 @@ def calibrate(data_dir: Path, embedder: Embedder, cache_dir: Path, out: Path | N
     cache = VectorCache(cache_dir / "calibration.sqlite")
     try:
         sets = problems(data_dir)
-        means = _means(sets, embedder, cache)
+        knowledge = [store_texts(folder) for folder in sorted(stores.glob("*/knowledge.jsonl"))]
+        means = _means([*(problem.passages for problem in sets), *knowledge], embedder, cache)
         shipped = Calibration({}, 0.0, embedder.version, means)
         built = [(problem, _retriever(problem, embedder, cache, shipped)) for problem in sets]
     finally:
@@ -165,14 +171,28 @@ def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: f
     return Calibration(weights_of, float(theta[-1]), prior.embedder, prior.means)
 
 
-def _means(sets: Sequence[Problem], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
+def store_texts(path: Path) -> list[Passage]:
+    """Return the passages of a knowledge.jsonl in examples/training, under the wordings a store would keep them."""
+    found: list[Passage] = []
+    for line in path.read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        wordings = (entry["title"].split(" > ")[-1], *entry.get("questions", ()))
+        found.append(
+            Passage(
+                entry["id"], entry["kind"], entry["title"], entry["text"], entry["lang"], "training", questions=wordings
+            )
+        )
+    return found
+
+
+def _means(sets: Sequence[Sequence[Passage]], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
     """Return the mean vector of questions and of bodies in each language; every set counts the same."""
     means: dict[str, list[float]] = {}
     for lang in LANGS:
         for role in ("query", "passage"):
             found = []
-            for problem in sets:
-                texts = [(passage.questions or (passage.text,))[0] for passage in problem.passages]
+            for passages in sets:
+                texts = [(passage.questions or (passage.text,))[0] for passage in passages]
                 texts = [text for text in texts if detect_lang(text) == lang]
                 if len(texts) > 10:
                     found.append(cache.embed(embedder, texts, as_query=role == "query").mean(axis=0))

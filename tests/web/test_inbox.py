@@ -66,6 +66,9 @@ def card(page: Page, visitor: Page) -> Locator:
 def write(page: Page, text: str) -> None:
     box = page.locator(".composer textarea")
     box.fill(text)
+    # Once the page knows that the conversation is this agent's; before, Enter is rightly ignored.
+    send = page.locator(".composer").get_by_role("button", name=re.compile("^(Send|发送|Add note|添加备注)$"))
+    expect(send).to_be_enabled()
     box.press("Enter")
 
 
