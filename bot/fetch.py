@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -297,13 +298,12 @@ def _watch(progress: Progress, stage: str, folders: Sequence[Path], total: int) 
 
 
 def _size_of(folder: Path) -> int:
-    """Return the bytes under `folder`; files that vanish meanwhile count as nothing."""
+    """Return the bytes under `folder`; files and folders that vanish meanwhile count as nothing."""
     size = 0
-    for path in folder.rglob("*") if folder.exists() else ():
-        try:
-            size += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for at, _, names in os.walk(folder):  # which passes over a folder that is gone; rglob raises
+        for name in names:
+            with suppress(OSError):
+                size += (Path(at) / name).stat().st_size
     return size
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 import zipfile
@@ -38,7 +39,7 @@ from bot.catalog import (
     verify,
 )
 from bot.errors import MerchantError
-from bot.fetch import ConsoleProgress, FolderSource, HubSource, Wheel, WheelSource, silent
+from bot.fetch import ConsoleProgress, FolderSource, HubSource, Wheel, WheelSource, _size_of, silent
 from bot.weights import convert, read_gguf
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 4, 2, 96, 2
@@ -704,3 +705,25 @@ def test_bad_input_is_2_and_a_failed_fetch_1_with_one_line_on_stderr(
     assert models("fetch", "qwen3-8b", "--source", "folder", "--cache", str(tmp_path)) == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", "failed: model 'qwen3-8b' could not be fetched: it has no such source\n")
+
+
+def test_progress_counts_a_folder_whose_parts_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").write_bytes(bytes(1000))
+    stop = threading.Event()
+
+    def churn() -> None:  # as pip does with its temporary folders
+        while not stop.is_set():
+            inner = tmp_path / "pip-unpack" / "part"
+            inner.mkdir(parents=True)
+            (inner / "file").write_bytes(bytes(10))
+            shutil.rmtree(tmp_path / "pip-unpack")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        sizes = {_size_of(tmp_path) for _ in range(3000)}
+    finally:
+        stop.set()
+        thread.join()
+    assert sizes <= {1000, 1010}
+    assert _size_of(tmp_path / "nowhere") == 0
