@@ -83,8 +83,11 @@ def calibrate(
     cache = VectorCache(cache_dir / "calibration.sqlite")
     try:
         sets = problems(data_dir)
-        knowledge = [store_texts(folder) for folder in sorted(stores.glob("*/knowledge.jsonl"))]
-        means = _means([*(problem.passages for problem in sets), *knowledge], embedder, cache)
+        texts = [[(p.questions or (p.text,))[0] for p in problem.passages] for problem in sets]
+        for path in sorted(stores.glob("*/knowledge.jsonl")):
+            titles = (json.loads(line)["title"] for line in path.read_text("utf-8").splitlines())
+            texts.append([title.split(" > ")[-1] for title in titles])
+        means = _means(texts, embedder, cache)
         shipped = Calibration({}, 0.0, embedder.version, means)
         built = [(problem, _retriever(problem, embedder, cache, shipped)) for problem in sets]
     finally:
@@ -171,29 +174,14 @@ def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: f
     return Calibration(weights_of, float(theta[-1]), prior.embedder, prior.means)
 
 
-def store_texts(path: Path) -> list[Passage]:
-    """Return the passages of a knowledge.jsonl in examples/training, under the wordings a store would keep them."""
-    found: list[Passage] = []
-    for line in path.read_text("utf-8").splitlines():
-        entry = json.loads(line)
-        wordings = (entry["title"].split(" > ")[-1], *entry.get("questions", ()))
-        found.append(
-            Passage(
-                entry["id"], entry["kind"], entry["title"], entry["text"], entry["lang"], "training", questions=wordings
-            )
-        )
-    return found
-
-
-def _means(sets: Sequence[Sequence[Passage]], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
-    """Return the mean vector of questions and of bodies in each language; every set counts the same."""
+def _means(sets: Sequence[Sequence[str]], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
+    """Return the mean vector of the texts as questions and as bodies in each language; every set counts the same."""
     means: dict[str, list[float]] = {}
     for lang in LANGS:
         for role in ("query", "passage"):
             found = []
-            for passages in sets:
-                texts = [(passage.questions or (passage.text,))[0] for passage in passages]
-                texts = [text for text in texts if detect_lang(text) == lang]
+            for one in sets:
+                texts = [text for text in one if detect_lang(text) == lang]
                 if len(texts) > 10:
                     found.append(cache.embed(embedder, texts, as_query=role == "query").mean(axis=0))
             if found:

