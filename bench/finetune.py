@@ -9,6 +9,7 @@ hits all alike, until each has had `--seconds`. Peak memory is each process's ow
 
     .venv/bin/python bench/finetune.py --data DATA [--base NAME] [--seconds 60] [--round 10] [--max-tokens 512]
     .venv/bin/python bench/finetune.py --data DATA --loop trl     # one of them, not stopped
+    python bench/finetune.py --data DATA --device cuda --max-tokens 1024 --row-tokens 16384 --base NAME    # on a GPU
 """  # noqa: E501
 
 from __future__ import annotations
@@ -51,9 +52,12 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
         keep_freed_memory()  # as `train` does
     base = resolve_model(options.base, default_cache_dir())
     ours = which == "ours"
+    row_tokens = options.row_tokens or 2 * options.max_tokens
     config = RunConfig(
-        data=options.data, packing=ours, max_tokens=options.max_tokens, row_tokens=2 * options.max_tokens
-    )
+        data=options.data, packing=ours, max_tokens=options.max_tokens, row_tokens=row_tokens,
+        batch_tokens=max(8192, row_tokens),
+    )  # fmt: skip
+    device = options.device
     tokenizer = HfTokenizer(base)
     from collections import Counter
 
@@ -72,19 +76,19 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
             f"{options.data}: {len(examples)} examples of at most {options.max_tokens} tokens, fewer than a batch"
         )
     lengths = [len(e.input_ids) for e in examples]
-    model = adapt(load_base(base, config), config, 1000, options.base)
+    model = adapt(load_base(base, config), config, 1000, options.base).to(device)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-4)
     model.train()
 
     def our_steps() -> Any:
         for epoch in range(1000):
             plan = plan_epoch(
-                lengths, row_tokens=config.row_tokens, batch_tokens=8192, packing=True, seed=0, epoch=epoch
+                lengths, row_tokens=row_tokens, batch_tokens=config.batch_tokens, packing=True, seed=0, epoch=epoch
             )
             for rows in plan:
                 n_learned = sum(examples[n].n_learned for row in rows for n in row)
                 for row in rows:
-                    inputs = row_inputs(examples, row, packed=True)
+                    inputs = row_inputs(examples, row, packed=True, device=device)
                     (row_loss(model, inputs, config) / n_learned).backward()
                     yield inputs.n_tokens
                 optimizer.step()
@@ -100,7 +104,8 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
                 ids = torch.tensor([[*e.input_ids, *[pad] * n] for e, n in zip(batch, room, strict=True)])
                 mask = torch.tensor([[1] * len(e.input_ids) + [0] * n for e, n in zip(batch, room, strict=True)])
                 labels = torch.tensor([[*e.labels, *[IGNORE] * n] for e, n in zip(batch, room, strict=True)])
-                with autocast(config, "cpu"):
+                ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
+                with autocast(config, device):
                     loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
                 loss.backward()
                 optimizer.step()
@@ -117,12 +122,15 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     n_tokens, n_steps = 0, 0
     for n in steps:
+        if device == "cuda":
+            torch.cuda.synchronize()
         n_tokens, n_steps = n_tokens + n, n_steps + 1
         # What came until now, at each step: the process is ended from outside, or by itself where it is alone.
         figures = {
             "loop": which, "n_tokens": n_tokens, "n_steps": n_steps, "seconds": round(time.perf_counter() - began, 2),
             "n_examples": len(examples), "mean_tokens": round(sum(lengths) / len(lengths), 1),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
         print(json.dumps(figures), flush=True)
         if options.loop and not options.turns and figures["seconds"] >= options.seconds:
@@ -154,9 +162,10 @@ def _trl_steps(
     rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples]
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
-            output_dir=folder, max_length=2 * options.max_tokens, packing=True, packing_strategy="bfd",
-            per_device_train_batch_size=1, gradient_accumulation_steps=8192 // (2 * options.max_tokens),
-            max_steps=1_000_000, learning_rate=2e-4, bf16=True, use_cpu=True, gradient_checkpointing=False,
+            output_dir=folder, max_length=config.row_tokens, packing=True, packing_strategy="bfd",
+            per_device_train_batch_size=1, gradient_accumulation_steps=max(1, 8192 // config.row_tokens),
+            max_steps=1_000_000, learning_rate=2e-4, bf16=True, use_cpu=options.device == "cpu",
+            gradient_checkpointing=False,
             report_to="none", save_strategy="no", logging_steps=1_000_000, disable_tqdm=True, seed=0,
             dataloader_pin_memory=False,
         )  # fmt: skip
@@ -225,7 +234,9 @@ def main() -> int:
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--row-tokens", type=int, default=0, help="of a packed row, ours and TRL's (2 x --max-tokens)")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--round", type=float, default=10.0, help="seconds of a turn")
     parser.add_argument("--loop", choices=LOOPS, help="one of them, in this process")

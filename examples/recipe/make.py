@@ -51,12 +51,15 @@ from retrieval.passages import Kind, Passage  # noqa: E402
 LANGUAGES: tuple[Language, Language] = ("zh", "en")
 TODAY = datetime(2026, 11, 16, 12, tzinfo=UTC)  # of the dialogues and promotions; a fixed day keeps reruns equal
 
-# How many families of each kind, both languages together. A family is several questions on the same passages, which
+# How many families of each kind, both languages together; "shop" is of each. A family is several questions on the same passages, which
 # training computes once (`shared_prefixes`).
 COUNTS = {
     "fact": 30, "cross": 8, "policy": 8, "product": 20, "promotion": 36, "follow-up": 12, "not on": 14,
-    "shop": 150, "demo": 132, "demo unanswerable": 90,
+    "shop": 50, "demo": 132, "demo unanswerable": 90,
 }  # fmt: skip
+# Shops that no training sees: `valid.jsonl` is of them, so that runs can be compared on a store they do not know.
+VALID_SHOPS = ("books", "fitness")
+VALID_SHARE = 0.33  # of the families that a training shop gives
 N_DIALOGUES = 20  # replies out of the demo store's dialogues
 _HEADINGS = {
     "shipping": ("配送说明", "Delivery"), "abroad": ("境外订单", "Orders abroad"), "returns": ("退换货", "Returns"),
@@ -470,20 +473,26 @@ class Recipe:
 
     # --- shops written by hand: examples/training -----------------------------------------------------
 
-    def shops(self, folder: Path, share: float) -> Iterator[list[Example]]:
-        """Yield families from each shop in `folder`: its questions, and the passages that the retriever finds for them."""
+    def shops(self, folder: Path, share: float, *, valid: bool = False) -> Iterator[list[Example]]:
+        """
+        Yield families from each shop in `folder`: its questions, and the passages that the retriever finds for them.
+
+        `valid` takes the shops that no training sees, else those are left out.
+        """
         found = sorted(p for p in folder.iterdir() if (p / "knowledge.jsonl").exists()) if folder.is_dir() else []
+        found = [p for p in found if (p.name in VALID_SHOPS) == valid]
         for shop in found:
             passages = {
                 p["id"]: p for p in map(json.loads, (shop / "knowledge.jsonl").read_text(encoding="utf-8").splitlines())
             }
             asks = [json.loads(q) for q in (shop / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
             with self.searching(shop, passages.values()) as find:
-                for n in range(round(share * COUNTS["shop"] / len(found))):
+                for n in range(round(share * COUNTS["shop"])):
                     rng = self.random("shop", shop.name, n)
                     language = LANGUAGES[n % 2]
                     own = [a for a in asks if a["lang"] == language]
-                    anchors = [a for a in own if a["relevant"]] if n // 2 % 6 else [a for a in own if not a["relevant"]]
+                    # A quarter begins with what the shop does not say, and with what the search finds for that.
+                    anchors = [a for a in own if a["relevant"]] if n // 2 % 4 else [a for a in own if not a["relevant"]]
                     family = self.shop_family(rng, anchors[(n // 2 * 7 + n) % len(anchors)], own, find, language)
                     if rng.random() < 0.08:  # the shop wrote it in the other language only
                         other = LANGUAGES[language == "zh"]
@@ -524,7 +533,11 @@ class Recipe:
             (self.noisy(rng, a["text"], language), reply(a)) for a in ([anchor] if answered(anchor) else []) + chosen
         ]
         nothing = [a for a in own if not a["relevant"] and a is not anchor]
-        refused = ([anchor] if not anchor["relevant"] else []) + rng.sample(nothing, rng.choice([1, 2]))
+        # First those whose answer one would look for in these passages: to refuse what is far off is easily learned.
+        near = [a for a in nothing if set(a.get("near", ())) & set(there)]
+        rng.shuffle(near)
+        refused = ([anchor] if not anchor["relevant"] else []) + near[: rng.choice([1, 2])]
+        refused += rng.sample([a for a in nothing if a not in refused], 0 if len(refused) > 1 else 1)
         asked += [(self.noisy(rng, a["text"], language), REFUSAL[language]) for a in refused]
         return self.family(rng, language, passages, asked, self.earlier(rng, language, 0.1))
 
@@ -736,7 +749,8 @@ def make(
             yield from recipe.demo(demo, share)
 
     recipe.write(train(), out / "train.jsonl")
-    recipe.write(recipe.fictional(0.08, "valid"), out / "valid.jsonl")
+    unseen = recipe.shops(shops, share * VALID_SHARE, valid=True) if shops is not None else iter(())
+    recipe.write(itertools.chain(recipe.fictional(0.08, "valid"), unseen), out / "valid.jsonl")
     recipe.write(iter(()), out / "test.jsonl")
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in sorted(out.glob("*.jsonl"))}
     manifest = {
