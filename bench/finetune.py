@@ -48,8 +48,9 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if which == "ours":
-        keep_freed_memory()  # as `train` does
+    if which == "ours":  # as `train` does
+        keep_freed_memory()
+        torch.backends.cuda.enable_cudnn_sdp(False)
     base = resolve_model(options.base, default_cache_dir())
     ours = which == "ours"
     row_tokens = options.row_tokens or 2 * options.max_tokens

@@ -191,6 +191,9 @@ def device_of(config: RunConfig, local_rank: int = 0) -> str:
         raise MerchantError("device: cuda is not available here; use auto or cpu")
     if local_rank >= torch.cuda.device_count():
         raise MerchantError(f"gpus: {local_rank + 1} or more asked for, and {torch.cuda.device_count()} here")
+    # cuDNN's attention builds a plan for every new length of a row (2,000 tokens a second on an H100), is not
+    # deterministic, and under the masks of joined conversations the loss became NaN at step 22 (torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return f"cuda:{local_rank}"
 
 

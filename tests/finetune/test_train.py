@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bot.errors import MerchantError
 from bot.messages import Message
 from bot.prompt import PromptStore, render_prompt
 from finetune.__main__ import main
@@ -22,6 +24,7 @@ from finetune.dialogues import Dialogue, Line
 from finetune.examples import Example, label_conversation
 from finetune.grounding import REFUSALS, conversations
 from finetune.modeling import HfTokenizer, adapt, load_base, row_inputs, row_loss
+from finetune.parallel import device_of
 from retrieval.passages import Passage
 from tests.finetune.tiny import build_data, build_model
 
@@ -621,3 +624,32 @@ def test_unanswerable_questions_lose_their_passage_and_are_refused() -> None:
     assert "¥8" not in prompt
     assert "The lamp" in prompt
     assert "open daily" in prompt
+
+
+# --- CUDA, where there is none: what is set before a step ------------------------------------------------------------
+
+
+class TestDevice:
+    @pytest.fixture
+    def one_gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        yield
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+    def test_on_a_gpu_cudnns_attention_is_off(self, one_gpu: None) -> None:
+        # On an H100 it made the loss NaN at step 22 of the default release's run (docs/experiments.md).
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert device_of(RunConfig(data=Path("d"))) == "cuda:0"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+    def test_more_processes_than_gpus_are_refused(self, one_gpu: None) -> None:
+        with pytest.raises(MerchantError, match="2 or more asked for, and 1 here"):
+            device_of(RunConfig(data=Path("d")), local_rank=1)
+
+    def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(self) -> None:
+        with pytest.raises(MerchantError, match="cuda is not available"):
+            device_of(RunConfig(data=Path("d"), device="cuda"))
+        assert device_of(RunConfig(data=Path("d"))) == "cpu"
