@@ -96,7 +96,7 @@ default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, ma
 	$(RUN) examples/training/tune.py
 
 .PHONY: default-release
-default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: about half an hour on two cores
+default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: minutes on a GPU, hours on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data
 	$(RUN) -m finetune train --config examples/recipe/train.toml --data var/recipe/data --run var/recipe/run
 	$(RUN) examples/recipe/release.py --run var/recipe/run

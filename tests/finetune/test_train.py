@@ -649,7 +649,8 @@ class TestDevice:
         with pytest.raises(MerchantError, match="2 or more asked for, and 1 here"):
             device_of(RunConfig(data=Path("d")), local_rank=1)
 
-    def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(self) -> None:
+    def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(MerchantError, match="cuda is not available"):
             device_of(RunConfig(data=Path("d"), device="cuda"))
         assert device_of(RunConfig(data=Path("d"))) == "cpu"
