@@ -194,7 +194,12 @@ def build_fine_tuning(settings: Settings, store_dir: Path) -> tuple[FineTuning, 
         threads=settings.job_threads,
     )
     memory = settings.job_memory_gb
-    limits = Limits(settings.jobs_at_once, None if memory is None else int(memory * 2**30), settings.job_hours)
+    limits = Limits(
+        settings.jobs_at_once,
+        None if memory is None else int(memory * 2**30),
+        settings.job_hours,
+        settings.job_keep_days,
+    )
     runner = Runner(queue, limits)
     return FineTuning(queue.files, queue, check_purpose, check_expiry, runner.figures), runner.run
 

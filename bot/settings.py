@@ -116,6 +116,12 @@ class Settings(BaseSettings):
     )
     job_memory_gb: float | None = Field(None, gt=0, description="A job that takes more memory fails, GiB.")
     job_hours: float = Field(24.0, gt=0, description="A job that computes for longer fails.")
+    job_keep_days: float | None = Field(
+        None,
+        gt=0,
+        description="Days after its end for which a fine-tuning job's folder (run, checkpoints, masked data) is kept; "
+        "for ever where not given. Published releases are copies and stay.",
+    )
     agent_session_h: float = Field(12.0, gt=0, le=24 * 30, description="Hours until an agent has to sign in again.")
     agent_gone_s: float = Field(
         120.0,

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY_S = 0.5
+SWEEP_EVERY_S = 600.0
 KEEP_EVERY_S = 10.0  # what a job has computed is written down so often
 PAUSE_S = 600.0  # a step may take minutes on a small machine; then its work is not waited for any longer
 STOP_S = 3.0  # when the server stops: what is not in a checkpoint by then is computed again
@@ -64,6 +65,7 @@ class Limits:
     at_once: int = 1
     memory_bytes: int | None = None  # resident, of one job
     hours: float = 24.0  # of computing, over all its processes
+    keep_days: float | None = None  # the folder of a job that has ended; None: for ever
 
 
 class Runner:
@@ -82,9 +84,13 @@ class Runner:
             self._queue.changed = partial(_wake_from_thread, loop, self._wake)
             try:
                 await asyncio.to_thread(self._sweep)
+                swept = time.monotonic()
                 while True:
                     self._wake.clear()
                     try:
+                        if time.monotonic() - swept > SWEEP_EVERY_S:
+                            swept = time.monotonic()
+                            await asyncio.to_thread(self._expire)
                         for job in await asyncio.to_thread(self._startable):
                             self._running[job.id] = asyncio.create_task(self._guarded(job), name=job.id)
                     except (BotError, OSError, sqlite3.Error) as exc:
@@ -112,6 +118,19 @@ class Runner:
                 shutil.rmtree(folder, ignore_errors=True)
             elif folder.name in known and known[folder.name].status in ENDED:
                 _forget_sources(folder)
+        self._expire()
+
+    def _expire(self) -> None:
+        """Delete the folders of jobs that ended long ago; the jobs, their events and published releases stay."""
+        if self._limits.keep_days is None:
+            return
+        oldest = time.time() - self._limits.keep_days * 86_400
+        for job in self._queue.with_status(*ENDED):
+            folder = self._queue.folder(job.id)
+            if folder.exists() and (job.finished_at or time.time()) < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+                self._queue.drop_checkpoints(job.id, ())
+                self._queue.add_event(job.id, f"Run and data deleted, {self._limits.keep_days:g} days after the end")
 
     def _startable(self) -> list[Job]:
         """Return what may start now: one check of files at a time, and `at_once` trainings, those that were running first."""  # noqa: E501

@@ -218,6 +218,20 @@ async def test_a_job_lives_from_its_file_to_a_published_release(home: Path, caps
             assert "is succeeded and cannot be cancelled" in capsys.readouterr().err
         with pytest.raises(openai.BadRequestError, match="cannot be paused"):
             await jobs.pause(job.id)
+    assert (folder / "run").exists()
+
+    # A server that is told to keep folders for a while deletes it when that is over, and nothing else.
+    async with serving(home, job_keep_days=1e-6) as client:
+        deadline = time.monotonic() + 30
+        while folder.exists():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        assert [c async for c in client.fine_tuning.jobs.checkpoints.list(job.id)] == []
+        assert (await client.fine_tuning.jobs.retrieve(job.id)).status == "succeeded"
+        said = [e.message for e in await events_of(client, job.id)]
+        assert sum(m.startswith("Run and data deleted") for m in said) == 1
+        assert (await client.files.content(job.result_files[0])).content
+        assert (home / "data" / "releases" / job.fine_tuned_model / "release.json").exists()
 
 
 async def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
