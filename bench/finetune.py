@@ -45,20 +45,22 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
     from finetune.grounding import NO_STORE, conversations
     from finetune.heap import keep_freed_memory
     from finetune.modeling import HfTokenizer, adapt, autocast, load_base, row_inputs, row_loss, trainable
+    from finetune.parallel import device_of
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if which == "ours":  # as `train` does
-        keep_freed_memory()
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    if which == "ours":
+        keep_freed_memory()  # as `train` does
     base = resolve_model(options.base, default_cache_dir())
     ours = which == "ours"
     row_tokens = options.row_tokens or 2 * options.max_tokens
     config = RunConfig(
         data=options.data, packing=ours, max_tokens=options.max_tokens, row_tokens=row_tokens,
-        batch_tokens=max(8192, row_tokens),
+        batch_tokens=max(8192, row_tokens), device=options.device,
     )  # fmt: skip
     device = options.device
+    if ours:
+        device_of(config)  # turns off what `train` does without on a GPU
     tokenizer = HfTokenizer(base)
     from collections import Counter
 

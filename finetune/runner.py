@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY_S = 0.5
-SWEEP_EVERY_S = 600.0
+SWEEP_EVERY_S = 600.0  # folders of jobs that ended long ago are looked for so often
 KEEP_EVERY_S = 10.0  # what a job has computed is written down so often
 PAUSE_S = 600.0  # a step may take minutes on a small machine; then its work is not waited for any longer
 STOP_S = 3.0  # when the server stops: what is not in a checkpoint by then is computed again
@@ -84,7 +84,7 @@ class Runner:
             self._queue.changed = partial(_wake_from_thread, loop, self._wake)
             try:
                 await asyncio.to_thread(self._sweep)
-                swept = time.monotonic()
+                swept = -math.inf
                 while True:
                     self._wake.clear()
                     try:
@@ -118,7 +118,6 @@ class Runner:
                 shutil.rmtree(folder, ignore_errors=True)
             elif folder.name in known and known[folder.name].status in ENDED:
                 _forget_sources(folder)
-        self._expire()
 
     def _expire(self) -> None:
         """Delete the folders of jobs that ended long ago; the jobs, their events and published releases stay."""
@@ -128,7 +127,7 @@ class Runner:
         for job in self._queue.with_status(*ENDED):
             folder = self._queue.folder(job.id)
             if folder.exists() and (job.finished_at or time.time()) < oldest:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
                 self._queue.drop_checkpoints(job.id, ())
                 self._queue.add_event(job.id, f"Run and data deleted, {self._limits.keep_days:g} days after the end")
 

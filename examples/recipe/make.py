@@ -51,8 +51,8 @@ from retrieval.passages import Kind, Passage  # noqa: E402
 LANGUAGES: tuple[Language, Language] = ("zh", "en")
 TODAY = datetime(2026, 11, 16, 12, tzinfo=UTC)  # of the dialogues and promotions; a fixed day keeps reruns equal
 
-# How many families of each kind, both languages together; "shop" is of each. A family is several questions on the same passages, which
-# training computes once (`shared_prefixes`).
+# How many families of each kind, both languages together; "shop" is of each shop. A family is several questions on the
+# same passages, which training computes once (`shared_prefixes`).
 COUNTS = {
     "fact": 30, "cross": 8, "policy": 8, "product": 20, "promotion": 36, "follow-up": 12, "not on": 14,
     "shop": 50, "demo": 132, "demo unanswerable": 90,
