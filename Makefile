@@ -92,14 +92,17 @@ bench: $(call stamp,cpu) $(call stamp,dev)  ## the benchmark tables, to bench/re
 	$(RUN) bench/main.py
 
 .PHONY: default-encoders
-default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, made anew: about a quarter of an hour
+default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, made anew: about three quarters of an hour
 	$(RUN) examples/training/tune.py
 
 .PHONY: default-release
 default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: minutes on a GPU, hours on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data
 	$(RUN) -m finetune train --config examples/recipe/train.toml --data var/recipe/data --run var/recipe/run
-	$(RUN) examples/recipe/release.py --run var/recipe/run
+	$(RUN) examples/recipe/make.py --stage 2 --out var/recipe/data2
+	$(RUN) -m finetune train --config examples/recipe/train2.toml --start-from var/recipe/run/result \
+	  --data var/recipe/data2 --run var/recipe/run2
+	$(RUN) examples/recipe/release.py --run var/recipe/run2
 
 docs: $(call stamp,core)  ## the generated pages
 	$(RUN) -m bot settings > docs/settings.md

@@ -35,6 +35,9 @@ class RunConfig(BaseModel):
     )
     store: Path | None = Field(None, description="Store folder: its passages are put into the prompts, as in serving.")
     method: MethodName = Field("lora", description="What is trained.")
+    start_from: Path | None = Field(
+        None, description="Folder of the LoRA adapter that the run goes on from: a release, or the result of a run."
+    )
     objective: Literal["sft", "kto", "dpo"] = Field(
         "sft", description="sft: replies as they were given; kto: from thumbs; dpo: from pairs of replies."
     )
@@ -137,6 +140,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"objective {self.objective} goes with neither gpus, adversarial nor shared_prefixes")
         if self.task == "classify" and self.store is not None:
             raise ValueError("store: passages are put into dialogues' prompts; to classify leave it out")
+        if self.start_from is not None and (self.method, self.task, self.objective) != ("lora", "dialogue", "sft"):
+            raise ValueError("start_from goes on with a LoRA adapter: method lora, task dialogue, objective sft")
         if self.method == "head" and self.task != "classify":
             raise ValueError("method head trains a classifier's last layer: add task classify")
         if self.method == "head" and (self.gpus > 1 or self.adversarial != "none"):

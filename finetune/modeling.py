@@ -162,7 +162,7 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
     Return `model` with what `config.method` trains; everything else is frozen.
 
     Raises:
-        MerchantError: the layers to adapt are not in the model.
+        MerchantError: the layers to adapt are not in the model, or the adapter to go on from does not fit them.
     """
     import peft
 
@@ -218,7 +218,34 @@ def adapt(model: Any, config: RunConfig, n_steps: int, base_name: str) -> Any:
             module.cast_input_dtype_enabled = (
                 False  # autocast brings both sides to bfloat16, at a quarter of the memory
             )
+    if config.start_from is not None:
+        _go_on_from(config.start_from, adapted, config, base_name)
     return adapted
+
+
+def _go_on_from(folder: Path, model: Any, config: RunConfig, base_name: str) -> None:
+    """Give `model`, freshly adapted by LoRA, the weights of the adapter in `folder`."""
+    import peft
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as exc:
+        raise MerchantError(f"start_from: {folder} holds no adapter: {' '.join(str(exc).split())}") from None
+    base = str(theirs.get("base_model_name_or_path"))
+    if Path(base).name != Path(base_name).name:
+        raise MerchantError(f"start_from: the adapter is of {base}, the run of {base_name}")
+    knobs = {"rank": (theirs.get("r"), config.rank), "alpha": (theirs.get("lora_alpha"), config.alpha)}
+    knobs["rslora"] = (theirs.get("use_rslora"), config.rslora)
+    for name, (has, wants) in knobs.items():
+        if has != wants:
+            raise MerchantError(f"start_from: the adapter has {name} {has}, the run {wants}; give the run the same")
+    own = peft.get_peft_model_state_dict(model)
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in own.items()}:
+        raise MerchantError("start_from: the adapter has other layers than the run; give both targets and from_layer")
+    peft.set_peft_model_state_dict(model, tensors)
 
 
 def _layers(model: Any, config: RunConfig) -> list[int] | None:

@@ -260,6 +260,7 @@ def run_head(
         "counts": dict(counts),
         "n_examples": {split: len(found) for split, found in lengths.items()},
         "n_steps": n_steps,
+        "start_from_sha256": folder_hash(config.start_from) if config.start_from else None,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

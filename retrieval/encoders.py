@@ -1,12 +1,14 @@
 """
 What the shipped encoders were tuned by: `encoders.safetensors`, made by examples/training/tune.py.
 
-Per encoder ("e5", "minilm") what is added to its biases and layer norms. Knows the file alone.
+Per encoder ("e5", "minilm") what is added to its tensors: to biases and layer norms as it is, to a matrix as the
+product of two thin ones, `NAME.up` (n_out, rank) and `NAME.down` (rank, n_in). Knows the file alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,48 @@ from retrieval.errors import RetrievalError
 
 SHIPPED = Path(__file__).with_name("encoders.safetensors")
 
-Moves = dict[str, NDArray[np.float32]]  # tensor -> what is added to it
+Matrix = NDArray[np.float32]
+
+
+class Moves:
+    """What is added to one encoder's tensors, by their names; each may be taken once, so that none is forgotten."""
+
+    def __init__(self, tensors: Mapping[str, Matrix] | None = None) -> None:
+        self._left = dict(tensors or {})
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor `name` is moved."""
+        return name in self._left or f"{name}.up" in self._left
+
+    def moved(self, name: str, values: Matrix) -> Matrix:
+        """
+        Return `values`, the tensor `name`, with what is added to it.
+
+        Raises:
+            RetrievalError: what is to be added has another shape.
+        """
+        if f"{name}.up" in self._left:
+            up, down = self._left.pop(f"{name}.up"), self._left.pop(f"{name}.down", np.zeros((0, 0), np.float32))
+            fits = up.ndim == down.ndim == 2 and (up.shape[0], down.shape[1], up.shape[1]) == (*values.shape, len(down))
+            if not fits:
+                raise RetrievalError(f"the move of {name} is no product of shape {values.shape}")
+            return values + up @ down
+        move = self._left.pop(name, None)
+        if move is None:
+            return values
+        if move.shape != values.shape:
+            raise RetrievalError(f"the move of {name} has shape {move.shape}, not {values.shape}")
+        return values + move
+
+    def check_all_taken(self) -> None:
+        """
+        Look whether every move has found its tensor.
+
+        Raises:
+            RetrievalError: there is one for a tensor that the encoder does not have.
+        """
+        if self._left:
+            raise RetrievalError(f"a move is for {min(self._left)}, which the encoder does not have")
 
 
 def load_moves(path: Path = SHIPPED) -> tuple[dict[str, Moves], str]:
@@ -33,8 +76,8 @@ def load_moves(path: Path = SHIPPED) -> tuple[dict[str, Moves], str]:
         tensors = load(data)
     except (OSError, SafetensorError) as exc:
         raise RetrievalError(f"what the encoders were tuned by cannot be read: {exc}") from exc
-    moves: dict[str, Moves] = {}
+    by_encoder: dict[str, dict[str, Matrix]] = {}
     for name, move in tensors.items():
         encoder, _, tensor = name.partition("/")
-        moves.setdefault(encoder, {})[tensor] = move.astype(np.float32)
-    return moves, hashlib.sha256(data).hexdigest()[:8]
+        by_encoder.setdefault(encoder, {})[tensor] = move.astype(np.float32)
+    return {name: Moves(moves) for name, moves in by_encoder.items()}, hashlib.sha256(data).hexdigest()[:8]

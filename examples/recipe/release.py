@@ -49,7 +49,8 @@ def write_release(run: Path, out: Path, name: str) -> dict[str, object]:
         "adapter_sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
         "prompt_version": head["prompt_version"],
         "data_sha256": head["data_sha256"],
-        "config": {k: v for k, v in head["config"].items() if k not in ("data", "store")},
+        "config": {k: v for k, v in head["config"].items() if k not in ("data", "store", "start_from")},
+        "start_from_sha256": head.get("start_from_sha256"),
         "code": head["environment"]["commit"],
         "packages": head["environment"]["packages"],
         "n_examples": head["n_examples"],
@@ -65,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write a finished run as the release that is shipped.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run of `finetune train`")
     parser.add_argument("--out", type=Path, default=HERE.parent.parent / "bot" / "default_release", metavar="DIR")
-    parser.add_argument("--name", default="qinghe-0.5b-3", help="of the release; a new one for each")
+    parser.add_argument("--name", default="qinghe-0.5b-4", help="of the release; a new one for each")
     options = parser.parse_args()
     release = write_release(options.run, options.out, options.name)
     print(json.dumps({k: release[k] for k in ("name", "base", "adapter_sha256")}))

