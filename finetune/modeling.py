@@ -242,7 +242,7 @@ def _go_on_from(folder: Path, model: Any, config: RunConfig, base_name: str) -> 
     for name, (has, wants) in knobs.items():
         if has != wants:
             raise MerchantError(f"start_from: the adapter has {name} {has}, the run {wants}; give the run the same")
-    own = peft.get_peft_model_state_dict(model)
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)  # else it looks for the base on the hub
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in own.items()}:
         raise MerchantError("start_from: the adapter has other layers than the run; give both targets and from_layer")
     peft.set_peft_model_state_dict(model, tensors)

@@ -34,11 +34,10 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from retrieval.calibrate import KEPT_OUT  # noqa: E402
 from retrieval.e5_file import E5File, installed_path  # noqa: E402
 from retrieval.encoders import SHIPPED  # noqa: E402
 
-# What ships was tuned on all stores but these, which tell how it does on one it has not seen.
-KEPT_OUT = ("books", "crafts", "fitness", "phones", "wine")
 MAX_TOKENS = 96  # of a question or passage; the longest sections lose their ends
 BATCH = 32  # questions of one store
 ROWS = 16  # texts that go through the network at once
@@ -51,10 +50,10 @@ WORDINGS = 0.4  # share of the passages' own wordings that an epoch asks; visito
 WARM_UP = 20  # steps
 RANK = 8
 LOW_RANK_RATE = 0.5  # of the rate of biases
-# Of what was learned so much is shipped: half way between the published and the tuned encoder (WiSE-FT, arXiv
-# 2109.01903) keeps much of the gain on stores and loses little where the published one was better; figures in
+# Of what was learned so much is shipped: three quarters of the way from the published to the tuned encoder (WiSE-FT,
+# arXiv 2109.01903) keep the gain on stores and lose less where the published one was better; figures in
 # docs/experiments.md.
-SHIPPED_SHARE = 0.5
+SHIPPED_SHARE = 0.75
 
 
 @dataclass(frozen=True)
