@@ -99,10 +99,7 @@ default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, ma
 default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: minutes on a GPU, hours on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data
 	$(RUN) -m finetune train --config examples/recipe/train.toml --data var/recipe/data --run var/recipe/run
-	$(RUN) examples/recipe/make.py --stage 2 --out var/recipe/data2
-	$(RUN) -m finetune train --config examples/recipe/train2.toml --start-from var/recipe/run/result \
-	  --data var/recipe/data2 --run var/recipe/run2
-	$(RUN) examples/recipe/release.py --run var/recipe/run2
+	$(RUN) examples/recipe/release.py --run var/recipe/run
 
 docs: $(call stamp,core)  ## the generated pages
 	$(RUN) -m bot settings > docs/settings.md

@@ -8,9 +8,6 @@ serving does it. The reply is the sentence of the passage that answers, in the q
 in words that the server recognises (bot/phrases.py). The passage that answers stands where the retriever puts it: in two
 of three cases best, else somewhere among the others.
 
-The release was trained in two stages, and so is this data: what it goes on with (`--stage 2`) is of shops that have as many
-answered questions about their products as unanswered ones, since the first stage left a model that refused too much.
-
 The same seed, store and library versions write the same bytes. No question of the case files is in it (--exclude).
 """
 
@@ -62,12 +59,11 @@ COUNTS = {
 }  # fmt: skip
 # Shops that no training sees: `valid.jsonl` is of them, so that runs can be compared on a store they do not know.
 VALID_SHOPS = ("books", "fitness")
-# The shops of the second stage; the others are of the first.
-STAGE_2_SHOPS = (
+# Shops that were written after the release was trained; going on with them alone did not make it better (docs/experiments.md).
+LATER_SHOPS = (
     "appliances", "aquarium", "computers", "crafts", "fishing", "furniture", "games", "gifts", "licences", "lighting",
     "luggage", "party", "phones", "swim", "wine", "workwear",
 )  # fmt: skip
-STAGE_2_SHARE = {"shop": 0.28, "demo": 0.2, "fictional": 0.15}  # of COUNTS
 VALID_SHARE = 0.33  # of the families that a training shop gives
 N_DIALOGUES = 20  # replies out of the demo store's dialogues
 _HEADINGS = {
@@ -482,14 +478,15 @@ class Recipe:
 
     # --- shops written by hand: examples/training -----------------------------------------------------
 
-    def shops(self, folder: Path, share: float, names: Callable[[str], bool]) -> Iterator[list[Example]]:
+    def shops(self, folder: Path, share: float, *, valid: bool = False) -> Iterator[list[Example]]:
         """
         Yield families from each shop in `folder`: its questions, and the passages that the retriever finds for them.
 
-        `names` says which shops.
+        `valid` takes the shops that no training sees, else those are left out.
         """
         found = sorted(p for p in folder.iterdir() if (p / "knowledge.jsonl").exists()) if folder.is_dir() else []
-        for shop in (p for p in found if names(p.name)):
+        found = [p for p in found if (p.name in VALID_SHOPS) == valid and p.name not in LATER_SHOPS]
+        for shop in found:
             passages = {
                 p["id"]: p for p in map(json.loads, (shop / "knowledge.jsonl").read_text(encoding="utf-8").splitlines())
             }
@@ -499,12 +496,9 @@ class Recipe:
                     rng = self.random("shop", shop.name, n)
                     language = LANGUAGES[n % 2]
                     own = [a for a in asks if a["lang"] == language]
-                    # A quarter begins with what the shop does not say, and with what the search finds for that; a
-                    # seventh in the second stage.
-                    every = 7 if shop.name in STAGE_2_SHOPS else 4
-                    anchors = [a for a in own if bool(a["relevant"]) == bool(n // 2 % every)]
-                    anchor = anchors[(n // 2 * 7 + n) % len(anchors)]
-                    family = self.shop_family(rng, anchor, own, find, language, 1 if shop.name in STAGE_2_SHOPS else 2)
+                    # A quarter begins with what the shop does not say, and with what the search finds for that.
+                    anchors = [a for a in own if a["relevant"]] if n // 2 % 4 else [a for a in own if not a["relevant"]]
+                    family = self.shop_family(rng, anchors[(n // 2 * 7 + n) % len(anchors)], own, find, language)
                     if rng.random() < 0.08:  # the shop wrote it in the other language only
                         other = LANGUAGES[language == "zh"]
                         twins = (
@@ -523,7 +517,6 @@ class Recipe:
         own: list[dict[str, Any]],
         find: Callable[..., list[Passage]],
         language: Language,
-        n_refused: int,
     ) -> list[Example]:
         passages = find(anchor["text"], language, 4)
         there = {p.id.rpartition("-")[0]: p for p in passages}
@@ -548,9 +541,8 @@ class Recipe:
         # First those whose answer one would look for in these passages: to refuse what is far off is easily learned.
         near = [a for a in nothing if set(a.get("near", ())) & set(there)]
         rng.shuffle(near)
-        refused = ([anchor] if not anchor["relevant"] else []) + near[: rng.choice([1, 2]) if n_refused > 1 else 1]
-        far = [a for a in nothing if a not in refused]
-        refused += rng.sample(far, max(0, min(1, n_refused - len(refused))))
+        refused = ([anchor] if not anchor["relevant"] else []) + near[: rng.choice([1, 2])]
+        refused += rng.sample([a for a in nothing if a not in refused], 0 if len(refused) > 1 else 1)
         asked += [(self.noisy(rng, a["text"], language), REFUSAL[language]) for a in refused]
         return self.family(rng, language, passages, asked, self.earlier(rng, language, 0.1))
 
@@ -747,26 +739,22 @@ def questions_of(path: Path) -> Iterator[str]:
 
 
 def make(
-    out: Path, *, demo: Path | None, shops: Path | None, exclude: Sequence[Path], seed: int, share: float = 1.0,
-    stage: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+    out: Path, *, demo: Path | None, shops: Path | None, exclude: Sequence[Path], seed: int, share: float = 1.0
+) -> dict[str, Any]:
     """Write the data folder `out`, which must not exist, and return its manifest."""
     recipe = Recipe(seed, frozenset(squeeze(q) for path in exclude for q in questions_of(path)))
     assert all(NO_ANSWER_SAID.search(t) for t in REFUSAL.values()), "a refusal that the server would not recognise"
     out.mkdir(parents=True)
 
-    part = STAGE_2_SHARE if stage == 2 else dict.fromkeys(STAGE_2_SHARE, 1.0)
-
     def train() -> Iterator[list[Example]]:
-        yield from recipe.fictional(share * part["fictional"], "train" if stage == 1 else "train 2")
+        yield from recipe.fictional(share)
         if shops is not None:
-            own = (lambda name: name in STAGE_2_SHOPS) if stage == 2 else _is_of_stage_1
-            yield from recipe.shops(shops, share * part["shop"], own)
+            yield from recipe.shops(shops, share)
         if demo is not None:
-            yield from recipe.demo(demo, share * part["demo"])
+            yield from recipe.demo(demo, share)
 
     recipe.write(train(), out / "train.jsonl")
-    unseen = recipe.shops(shops, share * VALID_SHARE, VALID_SHOPS.__contains__) if shops is not None else iter(())
+    unseen = recipe.shops(shops, share * VALID_SHARE, valid=True) if shops is not None else iter(())
     recipe.write(itertools.chain(recipe.fictional(0.08, "valid"), unseen), out / "valid.jsonl")
     recipe.write(iter(()), out / "test.jsonl")
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in sorted(out.glob("*.jsonl"))}
@@ -779,10 +767,6 @@ def make(
     }
     (out / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return manifest
-
-
-def _is_of_stage_1(name: str) -> bool:
-    return name not in STAGE_2_SHOPS and name not in VALID_SHOPS
 
 
 def main() -> int:
@@ -802,15 +786,11 @@ def main() -> int:
         metavar="C.jsonl",
         help="case files whose questions are left out",
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="of the two that train the release (1)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     exclude = options.exclude or sorted(p for p in HERE.parent.rglob("*cases.jsonl"))
     demo, shops = (None, None) if options.fictional else (options.demo, options.shops)
-    manifest = make(
-        options.out, demo=demo, shops=shops, exclude=exclude, seed=options.seed, share=options.share,
-        stage=options.stage,
-    )  # fmt: skip
+    manifest = make(options.out, demo=demo, shops=shops, exclude=exclude, seed=options.seed, share=options.share)
     print(json.dumps(manifest["counts"], ensure_ascii=False, indent=1))
     return 0
 

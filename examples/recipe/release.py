@@ -66,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write a finished run as the release that is shipped.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run of `finetune train`")
     parser.add_argument("--out", type=Path, default=HERE.parent.parent / "bot" / "default_release", metavar="DIR")
-    parser.add_argument("--name", default="qinghe-0.5b-4", help="of the release; a new one for each")
+    parser.add_argument("--name", default="qinghe-0.5b-3", help="of the release; a new one for each")
     options = parser.parse_args()
     release = write_release(options.run, options.out, options.name)
     print(json.dumps({k: release[k] for k in ("name", "base", "adapter_sha256")}))
