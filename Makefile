@@ -41,7 +41,7 @@ $(VENV)/bin/python:
 # --no-deps: the locks are complete, and leave out what vLLM names but does not need (docs/dependencies.md).
 # The second line brings what torch itself wants where the registry's build is not the CPU one; nothing elsewhere.
 $(VENV)/.installed-core-%: requirements/core.lock $(VENV)/bin/python
-	@echo "== installing $(words $(shell grep -v '^#' $<)) packages, about 0.4 GB, half a minute"
+	@echo "== installing $(words $(shell grep -v '^#' $<)) packages, about 0.5 GB, half a minute"
 	@$(PIP) install --no-deps --quiet -r $<
 	@touch $@
 

@@ -95,7 +95,8 @@ def test_moves_of_nothing_change_no_vector_and_others_do(nano: E5) -> None:
     np.testing.assert_array_equal(same.embed_queries(TEXTS), nano.embed_queries(TEXTS))
     other = E5(1, Moves({"l11.oln.b": np.linspace(-1, 1, 384, dtype=np.float32)}))
     assert nearest(other.embed_queries(TEXTS), nano.embed_queries(TEXTS)) < 0.99
-    thin = {"l3.fi.w.up": np.full((1536, 2), 0.2, np.float32), "l3.fi.w.down": np.eye(2, 384, dtype=np.float32)}
+    up = np.random.default_rng(0).normal(size=(1536, 2)).astype(np.float32)
+    thin = {"l3.fi.w.up": up, "l3.fi.w.down": np.eye(2, 384, dtype=np.float32)}
     moved = E5(1, Moves(thin))
     assert nearest(moved.embed_queries(TEXTS), nano.embed_queries(TEXTS)) < 0.999
     thin["l3.fi.w.up"] = np.zeros((1536, 2), np.float32)
