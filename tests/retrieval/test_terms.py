@@ -89,7 +89,7 @@ def shop(build: Build, model: Embedder, faq: Callable[..., Passage]) -> HybridRe
         ("折價券怎麼使用", "coupon-zh"),  # what Taiwan says
         ("优惠卷咋用", "coupon-zh"),
         ("帐号注销", "account-zh"),
-        ("腿货", "back-zh"),  # of the same sound
+        ("怎么腿货", "back-zh"),  # of the same sound
         ("get my money back", "back-en"),
         ("refnud please", "back-en"),
         ("what carrier do you use", "courier-en"),
