@@ -29,7 +29,7 @@ class BilingualEmbedder:
 
     def __init__(self, n_threads: int = 2) -> None:
         """
-        Load both, about 0.5 s.
+        Load both, about 0.8 s.
 
         Raises:
             RetrievalError: one of them is not installed.

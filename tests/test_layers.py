@@ -180,8 +180,8 @@ def test_there_is_no_import_cycle() -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    # The engine hands variables to its child process, and the embedder to an OpenMP runtime: they write, not configure.
-    allowed = {"bot/settings.py", "bot/engines/vllm.py", "bot/engines/vllm_child.py", "retrieval/embedder.py"}
+    # The engine hands variables to its child process: it writes, it does not configure.
+    allowed = {"bot/settings.py", "bot/engines/vllm.py", "bot/engines/vllm_child.py"}
     allowed.add("finetune/runner.py")  # hands its own to the processes of jobs, with the threads they may use
     allowed.add("retrieval/__main__.py")  # its command line stands alone: where the cache is
     allowed.add("finetune/cases.py")  # hands its own to the servers it starts, without what would lead them astray

@@ -89,7 +89,9 @@ def shop(build: Build, model: Embedder, faq: Callable[..., Passage]) -> HybridRe
         ("折價券怎麼使用", "coupon-zh"),  # what Taiwan says
         ("优惠卷咋用", "coupon-zh"),
         ("帐号注销", "account-zh"),
-        ("怎么腿货", "back-zh"),  # of the same sound
+        # Of the same sound. Alone it is lost by a hair since the encoders were tuned anew: its vector is taken as written.
+        pytest.param("腿货", "back-zh", marks=pytest.mark.xfail(reason="a misspelt word's vector", strict=False)),
+        ("怎么腿货", "back-zh"),
         ("get my money back", "back-en"),
         ("refnud please", "back-en"),
         ("what carrier do you use", "courier-en"),
