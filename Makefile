@@ -95,6 +95,10 @@ bench: $(call stamp,cpu) $(call stamp,dev)  ## the benchmark tables, to bench/re
 default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, made anew: about three quarters of an hour
 	$(RUN) examples/training/tune.py
 
+.PHONY: default-reranker
+default-reranker: $(call stamp,cpu)  ## the rerankers that are shipped, trained anew: about half an hour, after the encoders
+	$(RUN) examples/training/rerank.py
+
 .PHONY: default-release
 default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: minutes on a GPU, hours on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data

@@ -77,7 +77,7 @@ class Rules:
     direct: bool = True
     direct_confidence: float | None = None  # None: the store's own for the risk it chose, else DIRECT
     answer_confidence: float | None = None
-    near_confidence: float = 0.08  # under a "no": from here on the nearest passages are shown, said to be just that
+    near_confidence: float = 0.12  # under a "no": from here on the nearest passages are shown, said to be just that
     near: float = 0.3  # of the best hit's confidence: what else is shown beside it
     ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
     n_passages: int = 4
@@ -360,19 +360,15 @@ class Answerer:
         support = {hit.passage.id: hit.confidence for hit in alone}
         merged = {hit.passage.id: hit for hit in [*alone, *completed]}
         own = {hit.passage.id: hit.confidence for hit in completed}
-        weighed = [
-            replace(
-                hit,
-                confidence=min(
-                    0.95,
-                    1.5
-                    * (own.get(id_, 0.0) + 0.4 * support.get(id_, 0.0))
-                    * (0.15 + 0.85 * _coverage(query.new_words, hit.passage)),
-                ),
-            )
+        weighed = {
+            id_: 1.5
+            * (own.get(id_, 0.0) + 0.4 * support.get(id_, 0.0))
+            * (0.15 + 0.85 * _coverage(query.new_words, hit.passage))
             for id_, hit in merged.items()
-        ]
-        return sorted(weighed, key=lambda hit: -hit.confidence)[:k]
+        }
+        # In this order, and only then cut: cut first, two that both fit would be equal.
+        best = sorted(merged.values(), key=lambda hit: -weighed[hit.passage.id])[:k]
+        return [replace(hit, confidence=min(0.95, weighed[hit.passage.id])) for hit in best]
 
     def _in_context(self, query: Query, history: Sequence[Turn], language: Language, now: datetime) -> Query:
         """

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import ModelProto, OperatorSetIdProto, TensorProto, helper
 
 from retrieval.encoders import Matrix
-from retrieval.errors import RetrievalError
+from retrieval.graph import Graph
 
 BLOCK = 32  # values that share a scale
 MAX_BATCH_TOKENS = 2048  # of one run, padding included: 12 MB of the widest activations
-_OURS = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +84,14 @@ class Bert:
         # The layers live on in the session alone.
         self._words, self._places, self._kind = network.words, network.places, network.kind
         self.dim = len(network.kind)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads
-        options.inter_op_num_threads = 1
-        # A thread that spins takes a core from vLLM.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(_graph(network), options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # its exceptions share no base but this one
-            raise RetrievalError(f"ONNX Runtime refuses the encoder: {' '.join(str(exc).split())[:300]}") from exc
+        self._session = _graph(network).session(n_threads)
 
-    def encode(self, rows: Sequence[Sequence[int]]) -> Matrix:
-        """Return the mean of each row's token vectors, (len(rows), dim), of any length; rows must not be empty."""
+    def encode(self, rows: Sequence[Sequence[int]], each: Callable[[int, Matrix], None] | None = None) -> Matrix:
+        """
+        Return the mean of each row's token vectors, (len(rows), dim), of any length; rows must not be empty.
+
+        `each` is handed the token vectors themselves, (len(row), dim), with the row's number.
+        """
         out = np.zeros((len(rows), self.dim), np.float32)
         # Batches of like length: padding is work for nothing.
         left = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -109,10 +100,13 @@ class Bert:
             while n < len(left) and (n + 1) * len(rows[left[n]]) <= MAX_BATCH_TOKENS:
                 n += 1
             batch, left = left[:n], left[n:]
-            out[batch] = self._run([rows[i] for i in batch])
+            hidden, out[batch] = self._run([rows[i] for i in batch])
+            if each is not None:
+                for n, i in enumerate(batch):
+                    each(i, hidden[n, : len(rows[i])])
         return out
 
-    def _run(self, rows: Sequence[Sequence[int]]) -> Matrix:
+    def _run(self, rows: Sequence[Sequence[int]]) -> tuple[Matrix, Matrix]:
         longest = max(map(len, rows))
         ids = np.zeros((len(rows), longest), np.int64)  # (B, T)
         real = np.zeros((len(rows), longest), np.int32)
@@ -123,52 +117,31 @@ class Bert:
         x = words + self._places[:longest] + self._kind
         hidden: Matrix = self._session.run(None, {"x": x, "real": real})[0]
         mean: Matrix = (hidden * real[:, :, None]).sum(1) / real.sum(1, keepdims=True)
-        return mean.astype(np.float32, copy=False)
+        return hidden, mean.astype(np.float32, copy=False)
 
 
-def _graph(net: Network) -> bytes:
-    """Return the layers as an ONNX model: x (B, T, dim) and real (B, T), 1 or 0 -> hidden (B, T, dim)."""
-    # The versions that ONNX Runtime of the lock reads; its own operators have version 1.
-    versions = [OperatorSetIdProto(domain="", version=18), OperatorSetIdProto(domain=_OURS, version=1)]
-    model = ModelProto(ir_version=9, opset_import=versions)
-    graph = model.graph  # filled in place: onnx.helper copies all weights three times
+def _graph(net: Network) -> Graph:
+    """Return the layers: x (B, T, dim) and real (B, T), 1 or 0 -> hidden (B, T, dim)."""
+    graph, dim = Graph(), len(net.kind)
+    graph.input("x", "float32", ["B", "T", dim])
+    graph.input("real", "int32", ["B", "T"])
 
-    def constant(name: str, value: NDArray[np.generic]) -> str:
-        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-        graph.initializer.add(name=name, data_type=kind, dims=value.shape, raw_data=value.tobytes())
-        return name
-
-    def node(operator: str, inputs: list[str], output: str, *, ours: bool = True, **attributes: Any) -> str:
-        domain = _OURS if ours else ""
-        graph.node.append(helper.make_node(operator, inputs, [output], domain=domain, **attributes))
-        return output
-
-    def norm(name: str, inputs: list[str], values: tuple[Matrix, Matrix]) -> str:
-        inputs = [*inputs, constant(f"{name}.gain", values[0]), constant(f"{name}.bias", values[1])]
-        if len(inputs) == 3:
-            return node("LayerNormalization", inputs, name, ours=False, epsilon=net.eps)
-        return node("SkipLayerNormalization", inputs, name, epsilon=net.eps)  # of the sum of the first two
-
-    def mapped(name: str, x: str, blocks: Blocks, bias: Matrix) -> str:
+    def mapped(x: str, blocks: Blocks, bias: Matrix) -> str:
         n_out, n_blocks, _ = blocks.packed.shape
-        inputs = [x, constant(f"{name}.w", blocks.packed), constant(f"{name}.s", blocks.scales.reshape(-1)), "", ""]
-        inputs.append(constant(f"{name}.b", bias))
-        return node(
-            "MatMulNBits", inputs, name,
-            K=n_blocks * BLOCK, N=n_out, bits=blocks.bits, block_size=BLOCK, accuracy_level=4,
+        return graph.node(
+            "MatMulNBits", x, blocks.packed, blocks.scales.reshape(-1), "", "", bias,
+            K=n_blocks * BLOCK, N=n_out, bits=blocks.bits, block_size=BLOCK, accuracy_level=4, ours=True,
         )  # fmt: skip
 
-    x = norm("norm", ["x"], net.norm)
-    for n, layer in enumerate(net.layers):
-        q, k, v = (mapped(f"{n}.{part}", x, *layer.maps[part]) for part in ("q", "k", "v"))
-        seen = node("MultiHeadAttention", [q, k, v, "", "real"], f"{n}.seen", num_heads=net.n_heads)
-        x = norm(f"{n}.attention", [x, mapped(f"{n}.out", seen, *layer.maps["out"])], layer.norms["attention"])
-        inner = node("Gelu", [mapped(f"{n}.inner", x, *layer.maps["inner"])], f"{n}.gelu")
-        x = norm(f"{n}.output", [x, mapped(f"{n}.outer", inner, *layer.maps["outer"])], layer.norms["output"])
-    dim = len(net.kind)
-    graph.name = "encoder"
-    graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "T", dim]))
-    graph.input.append(helper.make_tensor_value_info("real", TensorProto.INT32, ["B", "T"]))
-    graph.output.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, ["B", "T", dim]))
-    written: bytes = model.SerializeToString()
-    return written
+    def normed_sum(x: str, added: str, values: tuple[Matrix, Matrix]) -> str:
+        return graph.node("SkipLayerNormalization", x, added, *values, epsilon=net.eps, ours=True)
+
+    x = graph.node("LayerNormalization", "x", *net.norm, epsilon=net.eps)
+    for layer in net.layers:
+        q, k, v = (mapped(x, *layer.maps[part]) for part in ("q", "k", "v"))
+        seen = graph.node("MultiHeadAttention", q, k, v, "", "real", num_heads=net.n_heads, ours=True)
+        x = normed_sum(x, mapped(seen, *layer.maps["out"]), layer.norms["attention"])
+        inner = graph.node("Gelu", mapped(x, *layer.maps["inner"]), ours=True)
+        x = normed_sum(x, mapped(inner, *layer.maps["outer"]), layer.norms["output"])
+    graph.output(x, ["B", "T", dim])
+    return graph

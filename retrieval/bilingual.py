@@ -5,31 +5,35 @@ multilingual-e5-small knows Chinese and puts both languages into one space, but 
 poorly; all-MiniLM-L6-v2 knows English only and ranks it well (docs/experiments.md). A text's vector is the two end
 to end, [√(1-β)·e5, √β·MiniLM], the second part zero for Chinese: a product of two English vectors is the weighted mean
 of both cosines, of two Chinese ones e5's cosine, and across languages √(1-β) of it. Both are tuned for stores'
-questions (encoders.py).
+questions (encoders.py), and of both a reranker reads the token vectors (reranker.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 from retrieval.e5 import E5
-from retrieval.embedder import Embedder, Vectors
-from retrieval.encoders import load_moves
+from retrieval.embedder import Embedder, ReadPassage, ReadQuestion, Vectors
+from retrieval.encoders import Matrix, load_moves
 from retrieval.minilm import MiniLM
+from retrieval.reranker import SHIPPED, load_rerankers
 from retrieval.words import detect_lang
 
 ENGLISH_SHARE = 0.4  # β; 0.3 to 0.5 measured alike, 0 lost 12 points of recall@1 on colloquial English
+# Share of MiniLM's reranker where question and passage are English; 0 to 0.7 are alike on kept-out stores.
+ENGLISH_LOGIT = 0.5
 
 
 class BilingualEmbedder:
-    """Embeds with both models; see `retrieval.embedder.Embedder`. Vectors have unit length and 768 dimensions."""
+    """Embeds and reads with both models; see `retrieval.embedder.Reads`. Vectors have unit length, 768 dimensions."""
 
-    def __init__(self, n_threads: int = 2) -> None:
+    def __init__(self, n_threads: int = 2, rerankers: Path | None = SHIPPED) -> None:
         """
-        Load both, about 0.8 s.
+        Load both, about 0.8 s; with None for the file of the `rerankers` it can only embed.
 
         Raises:
             RetrievalError: one of them is not installed.
@@ -41,24 +45,63 @@ class BilingualEmbedder:
         self.version = f"{self._both.version}+{self._english.name}@{ENGLISH_SHARE}-{tuning}"
         self.dim = self._both.dim + self._english.dim
         self.shared = float(np.sqrt(1 - ENGLISH_SHARE))
+        if rerankers is not None:
+            found, reading = load_rerankers(tuning, rerankers)
+            self.version += f"-{reading}"
+            self._read_both, self._read_english = found["e5"], found["minilm"]
+            self.width = self._read_both.width
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        return self._joined(self._both.embed_queries, texts)
+        return self.hidden(texts, as_query=True)[0]
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        return self._joined(self._both.embed_passages, texts)
+        return self.hidden(texts, as_query=False)[0]
 
-    def _joined(self, embed: Callable[[Sequence[str]], Vectors], texts: Sequence[str]) -> Vectors:
+    def read_queries(self, texts: Sequence[str]) -> tuple[Vectors, list[ReadQuestion]]:
+        vectors, hidden = self.hidden(texts, as_query=True)
+        return vectors, [(self._read_both.question(e5), self._read_english.question(mini)) for e5, mini in hidden]
+
+    def read_passages(self, texts: Sequence[str]) -> tuple[Vectors, list[ReadPassage]]:
+        vectors, hidden = self.hidden(texts, as_query=False)
+        return vectors, [(self._read_both.passage(e5), self._read_english.passage(mini)) for e5, mini in hidden]
+
+    def logits(self, question: ReadQuestion, passages: Sequence[ReadPassage]) -> Matrix:
+        english = [n for n, (_, mini) in enumerate(passages) if len(mini)] if len(question[1]) else []
+        theirs = [passages[n][1] for n in english]
+        # On two cores at once, each with about half of the tokens: the longest passages go where MiniLM's part is.
+        order = sorted(range(len(passages)), key=lambda n: len(passages[n][0]))
+        tokens = np.cumsum([len(passages[n][0]) for n in order])
+        half = (int(tokens[-1]) + sum(map(len, theirs))) / 2 if order else 0.0
+        n_ours = int(np.searchsorted(tokens, half, "right"))
+
+        def read(numbers: Sequence[int]) -> Matrix:
+            return self._read_both.logits(question[0], [passages[n][0] for n in numbers])
+
+        beside = self._thread.submit(
+            lambda: (read(order[n_ours:]), self._read_english.logits(question[1], theirs))  # nothing of nothing
+        )
+        found = np.empty(len(passages), np.float32)
+        found[order[:n_ours]] = read(order[:n_ours])
+        found[order[n_ours:]], second = beside.result()
+        found[english] += ENGLISH_LOGIT * (second - found[english])
+        return found
+
+    def hidden(self, texts: Sequence[str], *, as_query: bool) -> tuple[Vectors, list[tuple[Matrix, Matrix]]]:
+        """Return the vectors of `texts`, and of each the token vectors of either model; of MiniLM for English alone."""
         english = [i for i, text in enumerate(texts) if detect_lang(text) == "en"]
         # Both at once: they spend their time outside the interpreter's lock, on a core each.
-        second = self._thread.submit(self._english.embed, [texts[i] for i in english]) if english else None
-        first = embed(texts)
+        second = self._thread.submit(self._english.read, [texts[i] for i in english]) if english else None
+        first, hidden = self._both.read(texts, as_query=as_query)
         joined = np.zeros((len(texts), self.dim), np.float32)
         joined[:, : self._both.dim] = first
+        tokens = [(one, np.zeros((0, self._english.dim), np.float32)) for one in hidden]
         if second is not None:
+            vectors, theirs = second.result()
             joined[english, : self._both.dim] *= np.sqrt(1 - ENGLISH_SHARE, dtype=np.float32)
-            joined[english, self._both.dim :] = second.result() * np.sqrt(ENGLISH_SHARE, dtype=np.float32)
-        return joined
+            joined[english, self._both.dim :] = vectors * np.sqrt(ENGLISH_SHARE, dtype=np.float32)
+            for i, one in zip(english, theirs, strict=True):
+                tokens[i] = (tokens[i][0], one)
+        return joined, tokens
 
 
 def default_embedder(n_threads: int = 2) -> Embedder:

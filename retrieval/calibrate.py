@@ -34,6 +34,8 @@ SEED = 7
 STORES = Path(__file__).resolve().parent.parent / "examples" / "training"  # of a checkout, as a developer has one
 KEPT_OUT = ("books", "crafts", "fitness", "phones", "wine")  # of STORES: the encoders were not tuned on them
 N_QUESTIONS = 240  # a set, at most; embedding them is what takes the time
+SMALL = 12  # a kept-out store is calibrated on whole, and with one passage in so many
+N_STRANGE = 48  # questions a language that have to do with no store
 N_RANKS = 3  # hits a question that are learned from: lower ones carry a confidence too
 RIDGE = 2e-4  # keeps a weight finite where a feature never varies
 FIXED = {"code": 2.0, "other_lang": -0.5}  # what no public set shows; 2: a named article lifts 0.3 to 0.76
@@ -73,8 +75,10 @@ def calibrate(
     """
     Fit on every set, report how each does when it is left out of the fit, and write the coefficients to `out`.
 
-    The mean vectors are of the sets and of the knowledge in `stores`, which are what a store's texts are like. Of their
-    questions those of `KEPT_OUT` have a part in the fit, near misses above all: the encoders were tuned on the others.
+    There are two fits: one with the reranker's logits, on the stores of `KEPT_OUT`, whole and cut to a few passages
+    that everyday questions are asked too; and a plain one without them, on all. The report is of what a store like the
+    set would get. The mean vectors are of the sets and of the knowledge in `stores`, which are what a store's texts are
+    like. Of their questions those of `KEPT_OUT` alone have a part: encoders and rerankers were trained on the others.
     Blocks for minutes the first time: thousands of questions are embedded, then kept under `cache_dir`.
 
     Raises:
@@ -89,32 +93,34 @@ def calibrate(
             titles = (json.loads(line)["title"] for line in path.read_text("utf-8").splitlines())
             texts.append([title.split(" > ")[-1] for title in titles])
         means = _means(texts, embedder, cache)
-        sets += [_kept_out(stores / name) for name in KEPT_OUT if (stores / name).is_dir()]
+        kept_out = [training_store(stores / name) for name in KEPT_OUT if (stores / name).is_dir()]
+        sets += kept_out + [_small(one, _strange(sets)) for one in kept_out]
         shipped = Calibration({}, 0.0, embedder.version, means)
         built = [(problem, _retriever(problem, embedder, cache, shipped)) for problem in sets]
+        plain = {
+            problem.name: _examples(problem, _retriever(problem, embedder, cache, shipped, reads=False))
+            for problem in sets
+        }
     finally:
         cache.close()
-    examples = [_examples(problem, retriever) for problem, retriever in built]
+    read = {problem.name: _examples(problem, retriever) for problem, retriever in built if retriever.reads}
+    taught = {name: found for name, found in read.items() if name.split()[0] in KEPT_OUT} or read
     report: dict[str, Any] = {"sets": {}}
-    for left_out, (problem, retriever) in enumerate(built):
+    for problem, retriever in built:
+        examples = taught if retriever.reads else plain
         # Variants of one set ("banking77 x1", "banking77 x4") leave together, or the fit would have seen the questions.
-        rest = [
-            example
-            for number, example in enumerate(examples)
-            if built[number][0].name.split()[0] != problem.name.split()[0]
-        ]
-        fitted = fit(rest) if rest else fit(examples)
+        rest = [found for name, found in examples.items() if name.split()[0] != problem.name.split()[0]]
+        fitted = fit(rest or list(examples.values()))
         retriever.calibration = fitted
-        features, labels, _ = examples[left_out]
+        features, labels, _ = (read if retriever.reads else plain)[problem.name]
         report["sets"][problem.name] = {
             "n_passages": len(problem.passages),
             "n_questions": len(problem.questions),
             **measures(ask_all(retriever, problem.questions, now=datetime.now(UTC))),
             **_quality(fitted, features, labels),
         }
-    final = fit(examples)
-    report["weights"] = {name: round(value, 4) for name, value in final.weights.items()}
-    report["bias"] = round(final.bias, 4)
+    report |= _rounded(fit(list((taught or plain).values())))
+    report["plain"] = _rounded(fit(list(plain.values())))
     if out is not None:
         document = {
             "about": "python -m retrieval calibrate; probability that a hit answers the query",
@@ -122,6 +128,7 @@ def calibrate(
             "sets": sorted(report["sets"]),
             "weights": report["weights"],
             "bias": report["bias"],
+            "plain": report["plain"],
             "means": means,
         }
         text = json.dumps(document, indent=1)
@@ -191,13 +198,20 @@ def _means(sets: Sequence[Sequence[str]], embedder: Embedder, cache: VectorCache
     return means
 
 
-def _retriever(problem: Problem, embedder: Embedder, cache: VectorCache, shipped: Calibration) -> HybridRetriever:
+def _retriever(
+    problem: Problem, embedder: Embedder, cache: VectorCache, shipped: Calibration, *, reads: bool = True
+) -> HybridRetriever:
     index = build_index(problem.passages, embedder, cache, calibration=shipped)
-    retriever = HybridRetriever(index, embedder, shipped)
+    retriever = HybridRetriever(index, embedder, shipped, reads=reads)
     texts = [question.text for question in problem.questions]
     # The questions go through the disk cache too, so that a second fit takes seconds.
     retriever.remember(texts, cache.embed(embedder, texts, as_query=True))
     return retriever
+
+
+def _rounded(fitted: Calibration) -> dict[str, Any]:
+    weights = {name: round(value, 4) for name, value in fitted.weights.items()}
+    return {"weights": weights, "bias": round(fitted.bias, 4)}
 
 
 def _examples(problem: Problem, retriever: HybridRetriever) -> Examples:
@@ -260,8 +274,8 @@ def _by_class(name: str, rows: list[tuple[str, str]], n_wordings: int, share_out
     return _store(f"{name} x{n_wordings}", wordings, rows, share_out)
 
 
-def _kept_out(folder: Path) -> Problem:
-    """Return one of the training stores as a store would import it, and its questions."""
+def training_store(folder: Path) -> Problem:
+    """Return one of the stores in examples/training as a store would import it, and its questions."""
     passages: list[Passage] = []
     for line in (folder / "knowledge.jsonl").read_text("utf-8").splitlines():
         entry = json.loads(line)
@@ -279,6 +293,26 @@ def _kept_out(folder: Path) -> Problem:
         relevant = frozenset(f"{pair}-{lang}" for pair in asked["relevant"] for lang in LANGS)
         questions.append(Question(asked["text"], relevant))
     return Problem(folder.name, passages, questions)
+
+
+def _strange(sets: Sequence[Problem]) -> list[str]:
+    """Return what is asked of no store: everyday questions in both languages."""
+    clinc = [q.text for one in sets if one.name.startswith("clinc150") for q in one.questions if not q.relevant]
+    lcqmc = [q.text for one in sets if one.name == "lcqmc" for q in one.questions]
+    return [text for texts in (clinc, lcqmc) for text in texts[-N_STRANGE:]]
+
+
+def _small(store: Problem, strange: Sequence[str]) -> Problem:
+    """Return `store` cut to one in `SMALL`, with as many questions that are no longer answered, and `strange` ones."""
+    chance = random.Random(SEED)
+    pairs = sorted({passage.id.rpartition("-")[0] for passage in store.passages})
+    kept = set(chance.sample(pairs, len(pairs) // SMALL))
+    passages = [passage for passage in store.passages if passage.id.rpartition("-")[0] in kept]
+    known = frozenset(passage.id for passage in passages)
+    answered = [Question(q.text, q.relevant & known) for q in store.questions if q.relevant & known]
+    others = [q.text for q in store.questions if not q.relevant & known]
+    missed = [*chance.sample(others, min(len(others), len(answered))), *strange]
+    return Problem(f"{store.name} small", passages, answered + [Question(text, frozenset()) for text in missed])
 
 
 def _tonghuashun(data_dir: Path) -> list[Problem]:
@@ -338,4 +372,4 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-__all__ = ["SHIPPED", "Problem", "calibrate", "fit", "problems"]
+__all__ = ["SHIPPED", "Problem", "calibrate", "fit", "problems", "training_store"]

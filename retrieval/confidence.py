@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ class Features:
     other_lang: float  # 1 where the passage is in another language than the query
     learned: float = 0.0  # what the store's tuning says of it (learned.py), about 0 to 1; 0 without one
     learned_lead: float = 0.0  # the same, above the best other passage
+    read: float = 0.0  # a tenth of the reranker's logit that it answers; 0 where nothing is read
+    read_lead: float = 0.0  # the same, above the best other passage
 
     def values(self) -> tuple[float, ...]:
         """Return the features in the order of their names."""
@@ -50,8 +53,15 @@ class Calibration:
     """Logistic coefficients, one weight a feature and a bias; and what the embedder's vectors have in common."""
 
     def __init__(
-        self, weights: dict[str, float], bias: float, embedder: str = "", means: dict[str, list[float]] | None = None
+        self,
+        weights: dict[str, float],
+        bias: float,
+        embedder: str = "",
+        means: dict[str, list[float]] | None = None,
+        plain: Calibration | None = None,
     ) -> None:
+        """`plain` takes its place where nothing is read: other embedders, large stores, questions without answers."""
+        self.plain = plain or self
         self.weights = weights
         self.bias = bias
         self.embedder = embedder  # the version whose vectors `means` are of
@@ -87,5 +97,9 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
         OSError, ValueError, KeyError: the file is missing or not one of ours; the package is broken.
     """
     entry = json.loads(path.read_text("utf-8"))
-    weights = {name: float(entry["weights"].get(name, 0.0)) for name in NAMES}
-    return Calibration(weights, float(entry["bias"]), entry.get("embedder", ""), entry.get("means"))
+
+    def fitted(part: dict[str, Any], plain: Calibration | None) -> Calibration:
+        weights = {name: float(part["weights"].get(name, 0.0)) for name in NAMES}
+        return Calibration(weights, float(part["bias"]), entry.get("embedder", ""), entry.get("means"), plain)
+
+    return fitted(entry, fitted(entry["plain"], None) if "plain" in entry else None)

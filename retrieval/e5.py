@@ -14,8 +14,10 @@ import numpy as np
 
 from retrieval.bert import Bert
 from retrieval.e5_file import E5File, installed_path
-from retrieval.embedder import Vectors
+from retrieval.embedder import Vectors, unit
 from retrieval.encoders import Moves
+
+QUERY, PASSAGE = "query: ", "passage: "
 
 
 class E5:
@@ -37,20 +39,27 @@ class E5:
         self._vocabulary = file.vocabulary()
         self._bert = Bert(file.network(moves), n_threads)
         self._ends = (file.first, file.last)
+        # Tokens before the text's own: the first of the ends and the prefix.
+        self._n_before = {prefix: 1 + len(self._vocabulary.ids(prefix.strip())) for prefix in (QUERY, PASSAGE)}
         self._window = file.longest - 2  # pieces that fit between them
         self.version = f"{self.name}-onnx-1"
         self.dim = file.dim
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of `texts` as questions (prefix "query: "); also right for comparing like with like."""
-        return self._embed(texts, "query: ")
+        return self._embed(texts, QUERY)[0]
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of `texts` as what answers a question (prefix "passage: ")."""
-        return self._embed(texts, "passage: ")
+        return self._embed(texts, PASSAGE)[0]
 
-    def _embed(self, texts: Sequence[str], prefix: str) -> Vectors:
+    def read(self, texts: Sequence[str], *, as_query: bool) -> tuple[Vectors, list[Vectors]]:
+        """Return what `embed_queries` or `embed_passages` does, and of each text its tokens' vectors (n, 384)."""
+        return self._embed(texts, QUERY if as_query else PASSAGE, tokens=True)
+
+    def _embed(self, texts: Sequence[str], prefix: str, *, tokens: bool = False) -> tuple[Vectors, list[Vectors]]:
         first, last = self._ends
+        read = [np.zeros((0, self.dim), np.float32)] * len(texts)
         windows: list[list[int]] = []
         owners: list[int] = []
         for n, text in enumerate(texts):
@@ -59,9 +68,14 @@ class E5:
                 windows.append([first, *pieces[start : start + self._window], last])
                 owners.append(n)
         sums = np.zeros((len(texts), self.dim), np.float32)
+
+        def keep(number: int, hidden: Vectors) -> None:
+            # Of a text longer than one input the beginning is enough; neither prefix nor ends are words of it.
+            if number == 0 or owners[number] != owners[number - 1]:
+                read[owners[number]] = hidden[self._n_before[prefix] : -1]
+
         if windows:
             # A text longer than one input is the mean of its parts, by their lengths.
             weights = np.array([len(window) - 2 for window in windows], np.float32)
-            np.add.at(sums, owners, self._bert.encode(windows) * weights[:, None])
-        unit: Vectors = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-        return unit
+            np.add.at(sums, owners, self._bert.encode(windows, keep if tokens else None) * weights[:, None])
+        return unit(sums), read

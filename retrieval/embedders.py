@@ -26,7 +26,7 @@ import numpy as np
 
 from retrieval.bilingual import default_embedder
 from retrieval.e5 import E5
-from retrieval.embedder import Embedder, Vectors
+from retrieval.embedder import Embedder, Vectors, unit
 from retrieval.errors import RetrievalError
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -109,8 +109,7 @@ class _Prefixed:
             raise RetrievalError(f"{self.name} gave {vectors.shape} for {len(texts)} texts of {self.dim} dimensions")
         if not np.isfinite(vectors).all():
             raise RetrievalError(f"{self.name} gave numbers that are none")
-        unit: Vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return unit.astype(np.float32)
+        return unit(vectors).astype(np.float32)
 
     def _embed(self, texts: list[str]) -> Vectors:
         raise NotImplementedError

@@ -71,13 +71,24 @@ def load_moves(path: Path = SHIPPED) -> tuple[dict[str, Moves], str]:
     Raises:
         RetrievalError: the file is missing or not one of ours; the package is broken.
     """
+    by_encoder, checksum = load_by_encoder(path, "what the encoders were tuned by")
+    return {name: Moves(moves) for name, moves in by_encoder.items()}, checksum
+
+
+def load_by_encoder(path: Path, what: str) -> tuple[dict[str, dict[str, Matrix]], str]:
+    """
+    Return the tensors named ENCODER/NAME in a shipped file by encoder and name, and its short checksum.
+
+    Raises:
+        RetrievalError: the file is missing or is none of tensors; `what` cannot be read.
+    """
     try:
         data = path.read_bytes()
         tensors = load(data)
     except (OSError, SafetensorError) as exc:
-        raise RetrievalError(f"what the encoders were tuned by cannot be read: {exc}") from exc
+        raise RetrievalError(f"{what} cannot be read: {exc}") from exc
     by_encoder: dict[str, dict[str, Matrix]] = {}
-    for name, move in tensors.items():
-        encoder, _, tensor = name.partition("/")
-        by_encoder.setdefault(encoder, {})[tensor] = move.astype(np.float32)
-    return {name: Moves(moves) for name, moves in by_encoder.items()}, hashlib.sha256(data).hexdigest()[:8]
+    for name, tensor in tensors.items():
+        encoder, _, rest = name.partition("/")
+        by_encoder.setdefault(encoder, {})[rest] = tensor.astype(np.float32)
+    return by_encoder, hashlib.sha256(data).hexdigest()[:8]

@@ -26,6 +26,7 @@ _PART_NAMES = {
     "section": "a section of a policy",
     "exact": "the question is one of its wordings",
     "code": "named by its code",
+    "read": "read beside the question, word by word",
     "translation": "taken over from its translation",
 }
 
@@ -73,7 +74,7 @@ class Thresholds:
 
     direct: float = 0.5
     answer: float = 0.25
-    near: float = 0.08
+    near: float = 0.12
 
     def verdict(self, confidence: float) -> str:
         """Return what the bot does with a best hit of this confidence."""

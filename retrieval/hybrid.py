@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from retrieval.candidates import Across, Candidates, find_candidates
 from retrieval.confidence import NAMES, Calibration, Features, load_calibration
-from retrieval.embedder import Embedder, Vectors
+from retrieval.embedder import Embedder, ReadQuestion, Reads, Vectors
 from retrieval.errors import RetrievalError
 from retrieval.explain import Explanation, HitReasons, LeftOut
 from retrieval.glossary import SHIPPED as GLOSSARY
@@ -29,7 +29,7 @@ from retrieval.load import twin_key
 from retrieval.names import without_names
 from retrieval.passages import Hit, Passage, is_valid, last_valid_end, next_valid
 from retrieval.recurrence import Recurrence
-from retrieval.spelling import Reader
+from retrieval.spelling import Reader, as_heard
 from retrieval.terms import Slot, Terms
 from retrieval.words import bare_code, detect_lang, named_codes, weight, words
 
@@ -52,6 +52,11 @@ APPROVED = 0.02  # of a FAQ and a passage of another kind that say the same, the
 # the words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650). English ones lose by it (banking77 0.575 ->
 # 0.553), since the English model reads a body as well as a question; several wordings together are worth a body.
 BARE_WORDS = 0.25
+# What a reranker's logit that a passage answers adds to the score of the first few; the mean of all that are read of a
+# passage and its translation. Fitted on the five stores that neither encoders nor rerankers were trained on
+# (docs/experiments.md).
+READ = 0.05
+N_READ = 6
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
@@ -98,10 +103,12 @@ class HybridRetriever:
         terms: Terms | None = None,
         learned: Learned | None = None,
         learned_weight: float = 0.0,
+        *,
+        reads: bool = True,
     ) -> None:
         """
         `terms` are the store's own, by default the shipped synonyms alone; `learned` is the store's tuning (tuning.py),
-        and `learned_weight` what a score of 1 from it adds to a passage's.
+        and `learned_weight` what a score of 1 from it adds to a passage's. Without `reads` the reranker has no part.
 
         Raises:
             RetrievalError: the index was built by another embedder.
@@ -110,7 +117,9 @@ class HybridRetriever:
             raise RetrievalError(f"index of {index.embedder_version!r}, embedder {embedder.version!r}; rebuild it")
         self.index = index
         self.embedder = embedder
-        self.calibration = calibration or load_calibration()
+        self._reader = embedder if reads and index.readings and isinstance(embedder, Reads) else None
+        given = calibration or load_calibration()
+        self.calibration = given if self._reader else given.plain
         self.version = index.version  # of the knowledge: equal content, equal version
         dated = [n for n, p in enumerate(index.passages) if p.valid_from is not None or p.valid_until is not None]
         self._dated = np.array(dated, dtype=np.int64)  # only these are asked for the time: of 10^6, few
@@ -150,6 +159,7 @@ class HybridRetriever:
             for owner in np.flatnonzero(self._lesson >= 0).tolist():
                 self._taught.setdefault(int(self._lesson[owner]), []).append(owner)
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._read: OrderedDict[str, ReadQuestion] = OrderedDict()
         self._lock = threading.Lock()
 
     def search(
@@ -186,6 +196,11 @@ class HybridRetriever:
         """Return the passage of this id, valid or not."""
         number = self.index.by_id.get(passage_id)
         return None if number is None else self.index.passages[number]
+
+    @property
+    def reads(self) -> bool:
+        """Whether a reranker reads the first hits."""
+        return self._reader is not None
 
     def rank(
         self,
@@ -345,10 +360,11 @@ class HybridRetriever:
         if not query or not allowed.any():
             return _nothing()
         index = self.index
-        raw = self._meaning(query)
+        slots = self.reader.slots(query)
+        meant = as_heard(query, slots)
+        raw = self._meaning(query, meant)
         vector = index.place(raw, query)
         # 1) Candidates: nearest units, most words shared, and whatever the query names by code or letter for letter.
-        slots = self.reader.slots(query)
         named = {number for code in named_codes(query) for number in self._by_code.get(code, ())}
         if lessons is None and self.learned is not None:
             lessons = self.learned.scores(query, vector)
@@ -406,14 +422,23 @@ class HybridRetriever:
             parts["learned"] = self.learned_weight * learned
         scores = np.sum(list(parts.values()), axis=0)
         kept, folded, parts["translation"] = self._fold_twins(owners, scores, lang)
+        # The first few are read beside the question, word by word.
+        logits = self._logits(query if meant is None else meant, owners, kept)
+        if logits is not None:
+            parts["read"] = READ * logits
+            scores += parts["read"]
+            kept = kept[np.argsort(-scores[kept], kind="stable")]
         # 4) What the confidence is made of. From here on in the order of the hits.
         background, lessons_kept = mixed[kept], learned[kept]
+        read = np.zeros(len(kept)) if logits is None else logits[kept] / 10
+        read_first, read_second = _two_best(read)
         mean, spread = float(background.mean()), max(float(background.std()), 0.05)
         brevity = 1 / (1 + found.n_words)
         features, wording = {}, {}
-        # The margin is of what was there before the tuning, so that it means the same with and without one.
-        before = scores[kept] - self.learned_weight * lessons_kept
-        first, second = (0, min(1, len(kept) - 1)) if lessons is None else _two_best(before)
+        # The margin is of what was there before the tuning and the reading, so that it means the same with and without
+        # them.
+        before = scores[kept] - self.learned_weight * lessons_kept - parts.get("read", np.zeros(len(owners)))[kept]
+        first, second = _two_best(before)
         lead_first, lead_second = (first, second) if lessons is None else _two_best(lessons_kept)
         order: list[int] = owners[kept].tolist()
         for rank, (owner, position) in enumerate(zip(order[:n], kept.tolist(), strict=False)):  # the few that are hits
@@ -432,6 +457,8 @@ class HybridRetriever:
                 other_lang=float(index.passages[owner].lang not in (lang, "")),
                 learned=float(learned[position]),
                 learned_lead=lead_by,
+                read=float(read[rank]),
+                read_lead=float(read[rank] - read[read_second if rank == read_first else read_first]),
             )
             start = int(starts[position])
             best = int(np.argmax(as_wordings[start : start + int(n_wordings[position]) + 1]))
@@ -518,18 +545,45 @@ class HybridRetriever:
         best = np.argsort(-lessons, kind="stable")[:N_TAUGHT]
         return {owner for key in best.tolist() if lessons[key] > 0 for owner in self._taught.get(key, ())}
 
-    def remember(self, queries: Sequence[str], vectors: Vectors) -> None:
-        """Put vectors of `queries` (n, dim) into the cache, made elsewhere by the same embedder."""
+    def _logits(self, query: str, owners: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """
+        Return of each of `owners` the reranker's logit that it answers `query`; None where nothing is read.
+
+        Only the first `N_READ` of `kept`, places among the owners, are read, with their translations; the others are
+        given the lowest of theirs, so that none of them comes before one that was read.
+        """
+        if self._reader is None or self.index.readings is None or not len(kept):
+            return None
+        twins = self._twins[owners]
+        read = np.flatnonzero(np.isin(twins, twins[kept[:N_READ]]))
+        passages = [self.index.readings.of(number) for number in owners[read].tolist()]
+        found = self._reader.logits(self._reading(query), passages).astype(np.float64)
+        _, places = np.unique(twins[read], return_inverse=True)
+        means = np.bincount(places, found) / np.bincount(places)
+        logits = np.full(len(owners), means.min())
+        logits[read] = means[places]
+        return logits
+
+    def _reading(self, query: str) -> ReadQuestion:
+        """Return what a reranker reads of `query`."""
+        with self._lock:
+            known = self._read.get(query)
+        return self._embed(query)[1] if known is None else known
+
+    def remember(self, queries: Sequence[str], vectors: Vectors, read: Sequence[ReadQuestion] = ()) -> None:
+        """Put vectors of `queries` (n, dim) into the cache, and what is `read` of them, made by the same embedder."""
         with self._lock:
             self._vectors.update(zip(queries, vectors, strict=True))
+            self._read.update(zip(queries, read, strict=len(read) > 0))
 
-    def _meaning(self, query: str) -> NDArray[np.float32]:
+    def _meaning(self, query: str, meant: str | None = None) -> NDArray[np.float32]:
         """
         Return the vector (dim,) of `query`: the mean of all the ways to say it.
 
-        With the store's own terms in it there is another, with a name that half the store's questions have one without.
+        With the store's own terms in it there is another, with a name that half the store's questions have one without,
+        and where all it says was typed by its sound what was `meant`.
         """
-        others = (self.reader.terms.rewritten(query), without_names(query, self.index.names))
+        others = (self.reader.terms.rewritten(query), without_names(query, self.index.names), meant)
         vectors = [self._vector(text) for text in (query, *others) if text is not None]
         return np.mean(vectors, axis=0, dtype=np.float32) if len(vectors) > 1 else vectors[0]
 
@@ -539,12 +593,22 @@ class HybridRetriever:
             if known is not None:
                 self._vectors.move_to_end(query)
                 return known
-        vector: NDArray[np.float32] = self.embedder.embed_queries([query])[0]
+        return self._embed(query)[0]
+
+    def _embed(self, query: str) -> tuple[NDArray[np.float32], ReadQuestion]:
+        """Return the vector (dim,) of `query` and what a reranker reads of it, nothing where there is none."""
+        read: ReadQuestion = ()
+        vectors: Vectors
+        if self._reader is None:
+            vectors = self.embedder.embed_queries([query])
+        else:
+            vectors, (read,) = self._reader.read_queries([query])
         with self._lock:
-            self._vectors[query] = vector
-            while len(self._vectors) > QUERY_CACHE:
-                self._vectors.popitem(last=False)
-        return vector
+            self._vectors[query], self._read[query] = vectors[0], read
+            for cache in (self._vectors, self._read):
+                while len(cache) > QUERY_CACHE:
+                    cache.popitem(last=False)
+        return vectors[0], read
 
 
 def _seconds(moment: datetime | None, otherwise: float) -> float:

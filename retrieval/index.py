@@ -3,7 +3,7 @@ The built thing: every wording and every body as a vector and as words, in memor
 
 Knows which vector belongs to which passage; knows no clock, no fusion and no confidence. A snapshot is a folder:
 `manifest.json` (format, embedder, knowledge version, checksums), `passages.jsonl`, the FAISS files of `vectors.py` and
-the arrays of `tables.py`. No pickle: a snapshot may come from another machine.
+the arrays of `tables.py` and `readings.py`. No pickle: a snapshot may come from another machine.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from retrieval.errors import IndexDamaged
 from retrieval.load import content_hash, dump_passage, parse_passage
 from retrieval.names import common_names, without_names
 from retrieval.passages import Passage
+from retrieval.readings import FILES as READ_FILES
+from retrieval.readings import Readings, reader_of
 from retrieval.tables import FILES as TABLE_FILES
 from retrieval.tables import Tables, sides_of
 from retrieval.vectors import EXACT_FILE, EXACT_UNITS, LIST_FILES, LocalVectors
 from retrieval.words import codes, detect_lang, squash
 
-FORMAT = 7
+FORMAT = 8
 NAMES_SAMPLE = 10_000  # passages whose wordings are read for names
 MAX_MANIFEST_BYTES = 1 << 20
 PASSAGES_FILE = "passages.jsonl"
@@ -121,12 +123,15 @@ class Index:
         embedder_version: str,
         version: str,
         tables: Tables,
+        readings: Readings | None = None,
     ) -> None:
         """
         Put the index together from the centred `vectors` of `found`, the `units(passages)`, in that order.
 
-        `means`, by language, is what is taken from a query's vector, (dim,) each; `tables` the `tables_of` them.
+        `means`, by language, is what is taken from a query's vector, (dim,) each; `tables` the `tables_of` them;
+        `readings` what a reranker reads of the passages, where there is one.
         """
+        self.readings = readings
         self.means = dict(means)
         self.passages = tuple(passages)
         self.version = version
@@ -228,6 +233,7 @@ class Index:
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             names = [PASSAGES_FILE, *self.vectors.save(beside), *self.tables.save(beside)]
+            names += self.readings.save(beside) if self.readings else ()
             with (beside / PASSAGES_FILE).open("w", encoding="utf-8", newline="\n") as file:
                 for passage in self.passages:
                     file.write(json.dumps(dump_passage(passage), ensure_ascii=False) + "\n")
@@ -276,6 +282,9 @@ def build_index(
     # A wording and a query are alike, so both go in as queries; a body answers one, so it goes in as a passage.
     vectors[wordings] = cache.embed(embedder, [found[n].text for n in wordings], as_query=True, progress=after(0))
     texts = [found[n].text[:BODY_CHARS] for n in bodies]
+    reader, readings = reader_of(embedder, passages), None
+    if reader is not None:
+        readings = Readings.build(cache.read(reader, texts, progress=after(len(wordings))), reader.width)
     vectors[bodies] = cache.embed(embedder, texts, as_query=False, progress=after(len(wordings)))
     tables = tables_of(passages, found)
     _halve_names(found, vectors, tables.names, embedder, cache)
@@ -291,7 +300,7 @@ def build_index(
             vectors[chosen] = center(vectors[chosen], mean)
             means[lang] = mean  # of the wordings in the end: a query is one
     local = LocalVectors.build(vectors, zh)
-    return Index(passages, found, local, means, embedder.version, content_hash(passages), tables)
+    return Index(passages, found, local, means, embedder.version, content_hash(passages), tables, readings)
 
 
 def names_of(passages: Sequence[Passage]) -> tuple[str, ...]:
@@ -373,7 +382,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         if not all(type(manifest[name]) is kind for name, kind in wanted.items()):
             raise IndexDamaged(f"{folder.name}/{path.name} is not what was written")
         for name in manifest["sha256"]:
-            if name not in (PASSAGES_FILE, EXACT_FILE, *LIST_FILES.values(), *TABLE_FILES):
+            if name not in (PASSAGES_FILE, EXACT_FILE, *LIST_FILES.values(), *TABLE_FILES, *READ_FILES):
                 raise IndexDamaged(f"{folder.name} names a file that no snapshot has")
             _check_is_file(folder / name)
         return dict(manifest)
@@ -419,7 +428,9 @@ def load_index(
             raise IndexDamaged(f"{folder.name} does not fit its manifest")
         tables = Tables.load(folder, sums, len(passages), len(found))
         vectors = LocalVectors.load(folder, sums, tables.zh, embedder.dim)
-        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"], tables)
+        reader = reader_of(embedder, passages)
+        readings = None if reader is None else Readings.load(folder, sums, len(passages), reader.width)
+        return Index(passages, found, vectors, means, manifest["embedder"], manifest["knowledge"], tables, readings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise IndexDamaged(f"{folder.name} cannot be read: {exc}") from exc
 

@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 from tokenizers import Tokenizer
 
 from retrieval.bert import Bert, Blocks, Layer, Network
+from retrieval.embedder import unit
 from retrieval.encoders import Matrix, Moves
 from retrieval.errors import RetrievalError
 
@@ -101,6 +102,14 @@ class MiniLM:
 
     def embed(self, texts: Sequence[str]) -> Matrix:
         """Return one unit vector per text: float32, (len(texts), 384)."""
-        means = self._bert.encode([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
-        unit: Matrix = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        return unit
+        return self.read(texts)[0]
+
+    def read(self, texts: Sequence[str]) -> tuple[Matrix, list[Matrix]]:
+        """Return what `embed` does, and of each text its tokens' vectors (n, 384) without those of the two ends."""
+        hidden = [np.zeros((0, self.dim), np.float32)] * len(texts)
+
+        def keep(number: int, vectors: Matrix) -> None:
+            hidden[number] = vectors[1:-1]
+
+        means = self._bert.encode([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], keep)
+        return unit(means), hidden

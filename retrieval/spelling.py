@@ -21,6 +21,7 @@ from rapidfuzz.process import extract
 from retrieval.terms import MAX_SLOTS, Slot, Terms
 from retrieval.words import fold, is_quantity, stem, weight
 
+TELLING = 0.6  # of a character's weight: below it are those that make no word ("我", "怎", "吗")
 _LATIN = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 
@@ -106,7 +107,7 @@ class Spelling:
         for place in range(len(run) - 1):
             pair = run[place : place + 2]
             # Two characters that only stand side by side ("我|要") are no word, and neither has a typing error.
-            if place <= taken or pair in self._known or min(weight(run[place]), weight(run[place + 1])) < 0.6:
+            if place <= taken or pair in self._known or min(weight(run[place]), weight(run[place + 1])) < TELLING:
                 continue
             meant: list[str] = []
             for first in self._sounds.get(pair[0], ()):
@@ -115,7 +116,7 @@ class Spelling:
                     meant += [
                         w for w in self._by_sound.get((first, second), ()) if (w[0] == pair[0]) != (w[1] == pair[1])
                     ]
-            meant = [word for word in dict.fromkeys(meant) if min(weight(word[0]), weight(word[1])) >= 0.6][:3]
+            meant = [word for word in dict.fromkeys(meant) if min(weight(word[0]), weight(word[1])) >= TELLING][:3]
             if not meant:
                 continue
             # Only what differs is read again: the other character counts as it is.
@@ -125,6 +126,22 @@ class Spelling:
             found.append(Slot(pair, written, tuple(meant), others, "typo"))
             taken = place + 1
         return found
+
+
+def as_heard(query: str, slots: Sequence[Slot]) -> str | None:
+    """
+    Return a Chinese `query` with the words that were typed by their sound as they may be meant, None where none was.
+
+    For encoders, which take such a word as it stands. Only where nothing else in the query says anything ("怎么腿货"):
+    a third of all Chinese questions have two characters that sound like a word of the store and are none of its words
+    (docs/experiments.md).
+    """
+    folded = heard = rest = fold(query)
+    for slot in slots:
+        if slot.why == "typo" and not slot.shown.isascii():
+            heard, rest = heard.replace(slot.shown, slot.meant[0]), rest.replace(slot.shown, " ")
+    says = any(character.isalnum() and weight(character) >= TELLING for character in rest)
+    return None if says or heard == folded else heard
 
 
 def _letters(pool: Sequence[str]) -> NDArray[np.uint64]:

@@ -289,7 +289,7 @@ class Bench:
                     labels.append(float(twin_key(passage) == key))
                     weights.append(1.0 if rank == 0 else 0.25)
         known: Examples = (np.array(rows), np.array(labels), np.array(weights))
-        fitted = fit([known], self.shipped, PRIOR)
+        fitted = fit([known], self.plain.calibration, PRIOR)
         outcomes = [
             Outcome(
                 rank=1 if ranked and twin_key(ranked[0][0]) == key else None,

@@ -264,6 +264,21 @@ async def test_a_follow_up_is_answered_by_what_is_new_in_it() -> None:
     assert "¥60" in reply.text
 
 
+async def test_of_two_sure_passages_a_follow_up_is_answered_by_the_surer_one() -> None:
+    # Both speak of Germany. By itself the follow-up is about the countries; completed, and more so, about the price.
+    passages = [passage("where", "We ship to Germany and Japan."), passage("price", "Germany costs ¥128, Japan ¥68.")]
+    answers = {
+        "to germany": [("where", 0.86), ("price", 0.62)],
+        "postage+germany": [("price", 0.85), ("where", 0.56)],
+    }
+    reply, _ = await ask(
+        answerer(retriever=FakeRetriever(passages, answers)),
+        "And to Germany?",
+        [Turn("What would postage to Japan be?", "¥68")],
+    )
+    assert reply.text.startswith("Germany costs ¥128")
+
+
 async def test_two_questions_get_two_answers() -> None:
     reply, _ = await ask(answerer(), "How much is shipping? Can I have an invoice?")
     assert "¥8" in reply.text

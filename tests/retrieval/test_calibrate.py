@@ -29,13 +29,14 @@ def test_the_fit_finds_the_feature_that_tells() -> None:
 
 
 def test_the_shipped_confidence_rises_with_likeness_margin_and_coverage() -> None:
-    shipped = load_calibration()
-    weak = shipped.confidence(features(0.1))
-    strong = shipped.confidence(features(0.8, margin=0.3, coverage=0.9, standout=0.8))
-    assert weak < 0.15
-    assert strong > 0.8
-    assert shipped.confidence(features(0.1, exact=1.0)) > 0.95
-    assert 0 <= shipped.confidence(features(-1, margin=-1)) < 0.01
+    both = load_calibration()
+    for shipped, unread in ((both.plain, {}), (both, {"read": -0.5, "read_lead": -0.3})):
+        weak = shipped.confidence(features(0.1, **unread))
+        strong = shipped.confidence(features(0.8, margin=0.3, coverage=0.9, standout=0.8, **dict.fromkeys(unread, 0.3)))
+        assert weak < 0.15
+        assert strong > 0.8
+        assert shipped.confidence(features(0.1, exact=1.0)) > 0.95
+        assert 0 <= shipped.confidence(features(-1, margin=-1, **unread)) < 0.01
 
 
 def test_the_shipped_means_are_of_the_shipped_embedder_only() -> None:

@@ -86,16 +86,21 @@ def test_current_lists_what_is_on(shop: HybridRetriever) -> None:
     assert [passage.id for passage in shop.current("promotion", now=NOW, lang="en")] == ["p-warm-en"]
 
 
-def test_an_exact_wording_is_certain_and_a_strange_question_is_not(shop: HybridRetriever) -> None:
+@pytest.mark.parametrize(
+    "strange",
+    [
+        "do you rent out sofas?",
+        "write me a python script",
+        "who won the world cup?",
+        "明天天气怎么样",
+    ],
+)
+def test_an_exact_wording_is_certain_and_a_strange_question_is_not(shop: HybridRetriever, strange: str) -> None:
     (exact,) = shop.search("Postage  cost?!", 1, now=NOW)
     assert (exact.passage.id, exact.wording) == ("f-ship-en", "postage cost")
     assert exact.confidence > 0.95
     paraphrase = shop.search("what does the postage cost me", 1, now=NOW)[0].confidence
-    strange = max(
-        shop.search(query, 1, now=NOW)[0].confidence
-        for query in ("do you rent out sofas?", "明天天气怎么样", "write me a python script")
-    )
-    assert strange < 0.35 < 0.5 < paraphrase
+    assert shop.search(strange, 1, now=NOW)[0].confidence < 0.35 < 0.5 < paraphrase
 
 
 def test_confidence_and_score_are_in_order_and_in_range(shop: HybridRetriever) -> None:

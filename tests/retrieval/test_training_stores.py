@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def measured_questions() -> set[str]:
     return {squeezed(q) for q in [*cases, *(line["text"] for line in lines(EXAMPLES / "questions.jsonl"))]}
 
 
-def test_there_are_stores() -> None:
-    assert len(STORES) >= 21
+def test_every_store_is_in_one_batch() -> None:
+    batches = tomllib.loads((EXAMPLES / "training" / "batches.toml").read_text("utf-8"))
+    assert sorted(name for batch in batches.values() for name in batch) == [store.name for store in STORES]
+    assert len(STORES) == 85
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda p: p.name)

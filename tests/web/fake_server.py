@@ -120,6 +120,8 @@ class FakeServer:
         self.engine_phase = "ready"
         self.human: dict[str, Any] = {"open": True, "opens_at": None, "agents_online": True}  # of `welcome`
         self.delta_s = 0.02
+        self.stepwise = False  # a reply waits for `step()` after each phase and each delta, whatever a page takes
+        self._steps = asyncio.Semaphore(0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server: Server | None = None
@@ -362,7 +364,7 @@ class FakeServer:
         conversation.live[turn] = (-1, "")
         for phase in ("searching", "thinking"):
             await self._tell(conversation, {"type": "status", "turn": turn, "phase": phase})
-            await asyncio.sleep(reply.get("think_s", self.delta_s * 2))
+            await self._pause(reply.get("think_s", self.delta_s * 2))
         if "FAIL" in question:
             del conversation.live[turn]
             await self._tell(
@@ -385,7 +387,7 @@ class FakeServer:
                 for socket in list(conversation.sockets):
                     socket.transport.abort()
                 conversation.sockets.clear()
-            await asyncio.sleep(reply.get("delta_s", self.delta_s))
+            await self._pause(reply.get("delta_s", self.delta_s))
         final = {k: v for k, v in reply.items() if k in ("citations", "cards", "quick_replies", "revised", "outcome")}
         if "final" in reply:
             text = reply["final"]
@@ -400,6 +402,17 @@ class FakeServer:
             **{"outcome": "generated", **final},
         )
         await self._tell(conversation, event)
+
+    async def _pause(self, seconds: float) -> None:
+        if self.stepwise:
+            await self._steps.acquire()
+        else:
+            await asyncio.sleep(seconds)
+
+    def step(self, n: int = 1) -> None:
+        """Let a stepwise reply go on by `n` phases or deltas."""
+        for _ in range(n):
+            self._loop.call_soon_threadsafe(self._steps.release)
 
     async def _tell(self, conversation: Conversation, frame: dict[str, Any]) -> None:
         for socket in list(conversation.sockets):

@@ -63,12 +63,17 @@ def test_an_english_question_is_answered_and_its_link_is_safe(open_page: OpenPag
 
 
 def test_text_streams_in_and_the_phase_shows_before(open_page: OpenPage, server: FakeServer) -> None:
-    server.delta_s = 0.1
+    server.stepwise = True
     page = start(open_page())
     ask(page, "tell me how delivery works, please")
     expect(bubbles(page, "bot").last).to_have_text("Searching the store's documents")
+    server.step()
     expect(bubbles(page, "bot").last).to_have_text("Thinking")
-    expect(page.locator("zhanggui-chat .caret")).to_have_text(re.compile("^You said"))
+    server.step()
+    expect(page.locator("zhanggui-chat .caret")).to_have_text("You")
+    server.step(3)
+    expect(page.locator("zhanggui-chat .caret")).to_have_text("You said: te")
+    server.step(100)
     expect(replies(page)).to_contain_text("You said: tell me how delivery works, please")
     expect(page.locator("zhanggui-chat .caret")).to_have_count(0)
 
