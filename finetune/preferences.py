@@ -329,10 +329,15 @@ def _masked(raw: Sequence[Preference], counts: Counter[str]) -> list[Preference]
 
 
 def _split(found: Sequence[Preference], config: RunConfig) -> dict[str, list[Preference]]:
-    """Draw the sides. A conversation, and a question however often it was asked, is on one side with its like."""
-    parents: dict[str, str] = {}
+    """
+    Draw the sides. A conversation, and a question however often it was asked, is on one side with its like.
 
-    def root(name: str) -> str:
+    Drawn by the least of the questions that belong together, not by a conversation's name: of a file's lines that is
+    where the file lies, and the same file elsewhere has the same sides.
+    """
+    parents: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def root(name: tuple[int, str]) -> tuple[int, str]:
         parents.setdefault(name, name)
         while parents[name] != name:
             parents[name] = parents[parents[name]]
@@ -340,11 +345,11 @@ def _split(found: Sequence[Preference], config: RunConfig) -> dict[str, list[Pre
         return name
 
     for p in found:
-        a, b = sorted((root(f"conversation {p.group}"), root(f"question {p.question}")))
-        parents[b] = a
+        least, other = sorted((root((0, p.question)), root((1, p.group))))
+        parents[other] = least
     splits: dict[str, list[Preference]] = {split: [] for split in SPLITS}
     for p in found:
-        name = f"{config.seed}:{root(f'question {p.question}')}"
+        name = f"{config.seed}:{root((0, p.question))[1]}"
         drawn = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
         side = "test" if drawn < config.test else "valid" if drawn < config.test + config.valid else "train"
         splits[side].append(p)

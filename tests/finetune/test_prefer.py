@@ -235,6 +235,18 @@ def test_a_conversation_and_a_question_are_on_one_side(tmp_path: Path) -> None:
         assert len(sides[0] | sides[1] | sides[2]) == sum(map(len, sides))
 
 
+def test_the_sides_are_the_same_wherever_the_file_lies(tmp_path: Path) -> None:
+    sides = []
+    for n in range(3):
+        folder = tmp_path / f"folder{n}"
+        folder.mkdir()
+        config = RunConfig(data=pairs(folder / "pairs.jsonl"), objective="dpo", valid=0.2, test=0.2)
+        splits = load_preferences(config).splits
+        sides.append({side: [p.question for p in found] for side, found in splits.items()})
+    assert sides[0] == sides[1] == sides[2]
+    assert all(sides[0].values())
+
+
 def test_lines_that_are_no_preference_are_named_and_nothing_is_trained(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
