@@ -32,7 +32,7 @@ from bot.prompt import PromptStore
 from finetune.config import RunConfig
 from finetune.examples import IGNORE, Example, ExampleTooLong, label_conversation, mask_proof
 from finetune.grounding import NO_STORE, Search
-from finetune.heap import keep_freed_memory
+from finetune.heap import Heap, keep_freed_memory
 from finetune.methods import METHODS
 from finetune.modeling import HfTokenizer, adapt, load_base, row_inputs, row_loss, save_result, trainable
 from finetune.preferences import Preference, Preferences, load_preferences, render
@@ -366,10 +366,13 @@ def _newest(folder: Path) -> str | None:
 def _callbacks(config: RunConfig, stop: threading.Event, validates: bool) -> list[Any]:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
+    heap = Heap()
+
     class Stop(TrainerCallback):  # type: ignore[misc]
         """An interrupt is answered after the step under way, with a checkpoint."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            heap.trim()
             if stop.is_set():
                 control.should_save = control.should_training_stop = True
             return control

@@ -51,7 +51,7 @@ from finetune.examples import (
     share_prefixes,
 )
 from finetune.grounding import NO_STORE, Conversation, Search, conversations
-from finetune.heap import keep_freed_memory
+from finetune.heap import Heap, keep_freed_memory
 from finetune.labelled import Texts, load_texts, read_texts, write_texts
 from finetune.methods import check_servable
 from finetune.modeling import HfTokenizer, adapt, load_base, orthogonality, save_result, trainable
@@ -422,6 +422,7 @@ class _Trainer:
         self.valid_rows = [r for step in _plan(config, valid_lengths, 0) for r in step] if valid_lengths else []
         per_epoch = len(_plan(config, self.lengths, 0))
         self.eval_every = config.eval_every or max(1, per_epoch // 4)
+        self.heap = Heap()
 
     # Before the first step
 
@@ -548,6 +549,7 @@ class _Trainer:
             # Reads the gradients, so it stands between the step and their end. Nothing in transformers calls it.
             self.model.base_model.update_and_allocate(p.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.heap.trim()
 
         seconds = time.perf_counter() - began
         n_tokens = sum(self.lengths[n] for row in rows for n in row)

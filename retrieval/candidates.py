@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from retrieval.glossary import Gloss
 from retrieval.index import Index, side_of
 from retrieval.terms import Slot
-from retrieval.vectors import HALF_UNITS
+from retrieval.vectors import FLAT_UNITS
 
 N_DENSE = 160  # units of each language taken from the vector side
 N_LEXICAL = 64  # passages taken from the word side that the vector side did not bring
@@ -68,21 +68,27 @@ def find_candidates(
     # The nearest of each language by itself: across languages cosines are lower, not worse.
     ours = side_of(query)
     theirs = "en" if ours == "zh" else "zh"
-    if len(index.units) <= HALF_UNITS:  # less than a millisecond; handing it to a thread would cost as much
-        near = [index.nearest(raw, placed, side, allowed, N_DENSE) for side in (ours, theirs)]
-    else:  # milliseconds outside the interpreter's lock: both at once
-        other = _second_core.submit(index.nearest, raw, placed, theirs, allowed, N_DENSE)
-        near = [index.nearest(raw, placed, ours, allowed, N_DENSE), other.result()]
-    cosines, nearest = (np.concatenate([found[part] for found in near]) for part in (0, 1))
-    in_order = np.argsort(nearest)
-    units = [nearest]
+
+    def nearest_of_theirs() -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        found = [index.nearest(raw, placed, theirs, allowed, N_DENSE)]
+        if across is not None:
+            found.append(index.nearest(across.raw, across.placed, theirs, across.alone, N_DENSE))
+        return found
+
+    # Of a small store less than a millisecond, and handing it to a thread would cost as much; of a larger one it is done
+    # outside the interpreter's lock while this thread does the rest.
+    other = _second_core.submit(nearest_of_theirs) if len(index.units) > FLAT_UNITS else None
+    of_ours = index.nearest(raw, placed, ours, allowed, N_DENSE)
     lexical = index.lexical.query(query, slots)
     by_words = [lexical.best(allowed, N_LEXICAL)]
     if across is not None:
-        alone = across.alone
-        units.append(index.nearest(across.raw, across.placed, theirs, alone, N_DENSE)[1])
         translated = index.lexical.query(across.gloss.apart, across.gloss.slots)
-        by_words.append(translated.best(alone, N_LEXICAL))
+        by_words.append(translated.best(across.alone, N_LEXICAL))
+    of_theirs = nearest_of_theirs() if other is None else other.result()
+    near = [of_ours, of_theirs[0]]
+    cosines, nearest = (np.concatenate([found[part] for found in near]) for part in (0, 1))
+    in_order = np.argsort(nearest)
+    units = [nearest, *(found[1] for found in of_theirs[1:])]
     exact = {n for n in index.worded(query) if index.passages[n].kind in ("faq", "product")}
     brought = _distinct(index.owners[np.concatenate(units)].astype(np.int64))
     owners = _distinct(np.concatenate([brought, *by_words, np.fromiter(exact.union(named), dtype=np.int64)]))

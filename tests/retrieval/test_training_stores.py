@@ -33,7 +33,7 @@ def measured_questions() -> set[str]:
 def test_every_store_is_in_one_batch() -> None:
     batches = tomllib.loads((EXAMPLES / "training" / "batches.toml").read_text("utf-8"))
     assert sorted(name for batch in batches.values() for name in batch) == [store.name for store in STORES]
-    assert len(STORES) == 85
+    assert len(STORES) == 133
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda p: p.name)
