@@ -67,6 +67,12 @@ class Retriever(Protocol):
     def get(self, passage_id: str) -> Passage | None: ...
 
 
+# What may go on from the question before (bot/followup.py) is searched alone and with it; fitted as the chance is.
+_LEAST_FOLLOWS = 0.1  # a smaller chance is none
+_FOLLOWING = (
+    0.55  # of what surely goes on so much is what is found with the question before, the rest what it finds alone
+)
+_N_MIXED = 10  # hits of each search
 DIRECT, ANSWER = 0.5, 0.25  # confidences for a store that chose no risk (docs/experiments.md)
 
 
@@ -279,8 +285,8 @@ class Answerer:
         parts: list[Part] = []
         for n, question in enumerate(questions):
             query = complete(question, history, questions[:n])
-            if len(questions) == 1:
-                query = self._in_context(query, history, language, now)
+            if n == 0 and history:
+                query = replace(query, topic=self._topic(history[-1], language))
             parts.append(self._decide_one(query, language, now, can_generate))
         if len(parts) > 1:
             # A message whose parts say nothing by themselves may do so as a whole.
@@ -294,7 +300,7 @@ class Answerer:
 
     def _decide_one(self, query: Query, language: Language, now: datetime, can_generate: bool) -> Part:
         rules = self.rules
-        hits = [hit for hit in self._search(query, language, now) if hit.passage.id not in query.skip]
+        hits = self._search(query, language, now)
         top = hits[0].confidence if hits else 0.0
         about = promotions.about_promotions(query.standalone)
         # What other shops sell, charge or repair is nothing this store's passages can answer, however alike they sound.
@@ -349,45 +355,12 @@ class Answerer:
         return "\n".join([lead, *lines])
 
     def _search(self, query: Query, language: Language, now: datetime) -> list[Hit]:
-        """Return hits, best first; for an elliptical question those that speak of what is new in it."""
-        k = max(self.rules.n_passages, 3)
-        alone = self.retriever.search(query.text, k, now=now, lang=language)
-        if not query.elliptical:
-            return alone
-        # What it refers to ranks, what is new in it decides: "and to Germany?" after one about Japan must not get
-        # Japan's answer again. Confidences of two questions in one string come out low, hence the factor.
-        completed = self.retriever.search(query.standalone, 2 * k, now=now, lang=language)
-        support = {hit.passage.id: hit.confidence for hit in alone}
-        merged = {hit.passage.id: hit for hit in [*alone, *completed]}
-        own = {hit.passage.id: hit.confidence for hit in completed}
-        weighed = {
-            id_: 1.5
-            * (own.get(id_, 0.0) + 0.4 * support.get(id_, 0.0))
-            * (0.15 + 0.85 * _coverage(query.new_words, hit.passage))
-            for id_, hit in merged.items()
-        }
-        # In this order, and only then cut: cut first, two that both fit would be equal.
-        best = sorted(merged.values(), key=lambda hit: -weighed[hit.passage.id])[:k]
-        return [replace(hit, confidence=min(0.95, weighed[hit.passage.id])) for hit in best]
+        return search_in_context(self.retriever, query, max(self.rules.n_passages, 3), now=now, lang=language)
 
-    def _in_context(self, query: Query, history: Sequence[Turn], language: Language, now: datetime) -> Query:
-        """
-        Return `query`, completed from the turn before where it finds nothing by itself ("放久了会作废不", of cards).
-
-        Only if that finds something which did not answer the turn before; else any new subject would be pulled back
-        to the old one.
-        """
-        if query.elliptical or not history or len(query.text) > 60:
-            return query
-        alone = self.retriever.search(query.text, 1, now=now, lang=language)
-        if alone and alone[0].confidence >= self._answer_confidence:
-            return query
-        last = history[-1]
-        joined = replace(query, standalone=f"{last.question.rstrip('?？ ')} {query.text}")
-        found = self.retriever.search(joined.standalone, 3, now=now, lang=language)
-        fresh = [hit for hit in found if self._in_language(hit.passage, language).id not in last.passages]
-        good = fresh and fresh[0].confidence >= 1.2 * self._answer_confidence
-        return replace(joined, skip=last.passages) if good else query
+    def _topic(self, turn: Turn, language: Language) -> str:
+        """Return the title of what answered `turn`; empty where nothing did."""
+        passage = self.retriever.get(turn.passages[0]) if turn.passages else None
+        return "" if passage is None else self._in_language(passage, language).title
 
     def _current_promotions(self, language: Language, now: datetime) -> list[Passage]:
         in_language = self.retriever.current("promotion", now=now, lang=language)
@@ -608,6 +581,34 @@ class Answerer:
 
 
 CLOSE = 0.2  # of the best hit's confidence
+
+
+def search_in_context(retriever: Retriever, query: Query, k: int, *, now: datetime, lang: str | None) -> list[Hit]:
+    """
+    Return at most `k` hits, best first; of what may go on from the question before, by what both readings find.
+
+    Training searches with the same.
+    """
+    if query.follows < _LEAST_FOLLOWS:
+        return retriever.search(query.text, k, now=now, lang=lang)
+    texts = [query.text, query.joined]
+    if query.topic:
+        texts.append(f"{query.topic} {query.text}")
+    found = [retriever.search(text, _N_MIXED, now=now, lang=lang) for text in texts]
+    alone, *joined = ({hit.passage.id: hit.confidence for hit in hits} for hits in found)
+    share = _FOLLOWING * query.follows
+    # Confidences of two questions in one string come out low, hence the factor.
+    factor = 1 + 0.5 * query.follows
+    passages = {hit.passage.id: hit for hits in found for hit in hits}
+    mixed: dict[str, float] = {}
+    for id_, hit in passages.items():
+        in_context = sum(each.get(id_, 0.0) for each in joined) / len(joined)
+        # "And to Germany?" after a question about Japan must not get Japan's answer again.
+        new = 0.7 + 0.3 * _coverage(query.new_words, hit.passage)
+        mixed[id_] = factor * new * ((1 - share) * alone.get(id_, 0.0) + share * in_context)
+    # In this order, and only then cut: cut first, two that both fit would be equal.
+    best = sorted(passages.values(), key=lambda hit: -mixed[hit.passage.id])[:k]
+    return [replace(hit, confidence=round(min(0.95, mixed[hit.passage.id]), 4)) for hit in best]
 
 
 def close_to_best(hits: Sequence[Hit]) -> list[Hit]:

@@ -2,11 +2,13 @@
 From what a visitor wrote to what can be searched: split several questions, complete elliptical ones. Pure.
 
 "And to Germany?" means nothing to a retriever. Completing it by code costs nothing; a model that rewrites
-queries costs a second, and a small one invents (docs/experiments.md).
+queries costs a second, and a small one invents (docs/experiments.md). "Does it need a licence" looks whole and is not:
+of every message the chance that it goes on from the one before is said as well, and the search weighs both readings.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,6 +181,7 @@ _STOP = frozenset(
         "把",
     ]
 )
+_NAMED = re.compile(r"[A-Za-z]{2}\d{3,}")  # a product or order number: such a question names its own subject
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9'’-]*|[\u3400-\u9fff]")
 
 
@@ -189,7 +192,9 @@ class Query:
     text: str  # as the visitor wrote it, courtesies taken off
     standalone: str  # with what it refers to; equals `text` for a question that stands alone
     new_words: tuple[str, ...] = ()  # content words of an elliptical question: a right passage speaks of them
-    skip: tuple[str, ...] = ()  # passages that answered the turn before, where this one asks for something else
+    follows: float = 0.0  # the chance that it goes on from the question before; 0 without one
+    joined: str = ""  # the question before and this one; searched beside `text` where it may go on
+    topic: str = ""  # title of the passage that answered the turn before
 
     @property
     def elliptical(self) -> bool:
@@ -256,8 +261,13 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
     """
     bare = _COURTEOUS_START.sub("", question).strip() or question.strip()
     previous = earlier[-1] if earlier else _last_question(history)
-    if previous is None or not is_elliptical(bare):
+    if previous is None:
         return Query(bare, bare)
+    follows = chance_of_following(bare)
+    if not is_elliptical(bare):
+        if earlier:  # who asks two things at once means two things
+            return Query(bare, bare)
+        return Query(bare, bare, follows=follows, joined=f"{previous.rstrip('?？ ')} {bare}")
     rest = _ELLIPTIC_END.sub("", _ELLIPTIC_START.sub("", bare)).strip(" ,，?？")
     words = tuple(w for w in content_words(rest) if w not in content_words(previous))
     previous = previous.rstrip("?？ ")
@@ -265,16 +275,16 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
         # "postage to South Korea", "and to Germany?": the new place takes the old one's.
         swapped, n = re.subn(rf"\b{phrase[1]}\s+(?:[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*|\w+)", rest, previous, count=1)
         if n:
-            return Query(bare, swapped, words)
-    return Query(bare, f"{previous} {rest or bare}", words)
+            return Query(bare, swapped, words, follows, swapped)
+    whole = f"{previous} {rest or bare}"
+    return Query(bare, whole, words, follows, whole)
 
 
 def is_elliptical(question: str) -> bool:
     """Return whether `question` needs the one before it to be understood."""
     words = content_words(question)
-    n_latin = sum(1 for w in words if w[0].isascii())
-    weight = n_latin + (len(words) - n_latin) / 2  # a Chinese word is about two characters
-    if re.search(r"[A-Za-z]{2}\d{3,}", question):  # a product or order number names its own subject
+    weight = _weight(words)
+    if _NAMED.search(question):
         return False
     if _ELLIPTIC_START.search(question):
         return weight <= 6
@@ -284,6 +294,30 @@ def is_elliptical(question: str) -> bool:
         return True
     everything = words_and_particles(question)
     return weight <= 1 and sum(1 if w[0].isascii() else 0.5 for w in everything) <= 2.5
+
+
+def chance_of_following(question: str) -> float:
+    """
+    Return the chance, in [0, 1], that `question` goes on from the one before it: it is short, points back, or begins so.
+
+    Fitted on follow-ups and new questions to fictional stores, half of each (examples/training, docs/experiments.md).
+    """
+    if _NAMED.search(question):
+        return 0.0
+    logit = (
+        3.4
+        - 1.1 * min(_weight(content_words(question)), 8.0)
+        + 1.7 * bool(_PRONOUN.search(question))
+        + 1.1 * bool(_ELLIPTIC_START.search(question))
+        + 1.9 * bool(_ELLIPTIC_END.search(question))
+    )
+    return 1 / (1 + math.exp(-logit))
+
+
+def _weight(words: Sequence[str]) -> float:
+    """Return how many words these are: a Chinese one is about two characters."""
+    n_latin = sum(1 for w in words if w[0].isascii())
+    return n_latin + (len(words) - n_latin) / 2
 
 
 def _last_question(history: Sequence[Turn]) -> str | None:

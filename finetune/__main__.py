@@ -311,6 +311,7 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
     """
     from datetime import UTC, datetime
 
+    from bot.answer import search_in_context
     from bot.followup import complete
     from bot.messages import Turn
     from bot.prompt import PromptStore
@@ -328,7 +329,7 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
 
     def search(question: str, history: Any, language: Any, at: datetime | None, k: int) -> list[Any]:
         query = complete(question, tuple(Turn(q, a) for q, a in history))
-        return [hit.passage for hit in retriever.search(query.standalone, k, now=at or now, lang=language)]
+        return [hit.passage for hit in search_in_context(retriever, query, k, now=at or now, lang=language)]
 
     titles = sorted({p.title for p in retriever.current("promotion", now=now)})
     return search, PromptStore(profile.names, profile.persona, tuple(titles)), retriever.close

@@ -1,5 +1,5 @@
 """
-What a training step frees: kept for the next step to use, and given back when too much is kept. Knows the C library alone.
+What a training step frees: kept for the next step, given back when too much is kept. Knows the C library alone.
 
 A step frees and asks for the same few gigabytes again and again, in pieces of megabytes. glibc gives such pieces back
 to the kernel at once and gets them anew, each page by a fault that clears it: a quarter of a pass's processor time

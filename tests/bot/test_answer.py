@@ -279,6 +279,27 @@ async def test_of_two_sure_passages_a_follow_up_is_answered_by_the_surer_one() -
     assert reply.text.startswith("Germany costs ¥128")
 
 
+WEIGHTS = {
+    "heavy": [("quilt-en", 0.3), ("lamp-en", 0.28)],
+    "lamp+heavy": [("lamp-en", 0.6), ("quilt-en", 0.2)],
+    "card": [("invoice-en", 0.7)],
+    "lamp+card": [("lamp-en", 0.5), ("invoice-en", 0.3)],
+}
+LAMP = Turn("how much is the lamp", "Oak lamp. Price: ¥129.", ("lamp-en",))
+
+
+async def test_a_detail_is_looked_for_in_what_answered_the_question_before() -> None:
+    retriever = FakeRetriever(PASSAGES, WEIGHTS)
+    reply, _ = await ask(answerer(retriever=retriever), "how heavy is it", [LAMP])
+    assert reply.citations[0].id == "lamp-en"
+    assert "lamp-en how heavy is it" in retriever.queries  # under its title
+
+
+async def test_a_new_subject_is_not_pulled_back_to_the_old_one() -> None:
+    reply, _ = await ask(answerer(retriever=FakeRetriever(PASSAGES, WEIGHTS)), "pay by card?", [LAMP])
+    assert reply.citations[0].id == "invoice-en"
+
+
 async def test_two_questions_get_two_answers() -> None:
     reply, _ = await ask(answerer(), "How much is shipping? Can I have an invoice?")
     assert "¥8" in reply.text

@@ -54,6 +54,28 @@ def test_a_follow_up_of_a_follow_up_keeps_the_subject() -> None:
 
 def test_nothing_is_completed_without_a_history() -> None:
     assert not complete("and to Germany?", []).elliptical
+    assert complete("how heavy is it", []).follows == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["how heavy is it", "多久到", "and for two?", "要押金吗", "那蓝色的呢", "does that need a licence"]
+)
+def test_what_is_short_or_points_back_likely_goes_on_from_the_question_before(text: str) -> None:
+    query = complete(text, [Turn("Do you hire out boats?", "Yes, by the day.")])
+    assert query.follows > 0.5
+    assert "boats" in query.joined
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Which couriers deliver parcels to the islands on public holidays?",
+        "我想知道公司团购三十件以上的话有没有折扣和发票",
+        "QH1034 有吗",  # names its own subject, short as it is
+    ],
+)
+def test_what_says_enough_by_itself_does_not_go_on(text: str) -> None:
+    assert complete(text, [Turn("Do you hire out boats?", "Yes, by the day.")]).follows < 0.1
 
 
 @pytest.mark.parametrize(

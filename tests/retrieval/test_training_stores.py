@@ -61,6 +61,19 @@ class TestStore:
             assert q["kind"] != "near_miss" or q["near"], q
             assert q["text"] not in wordings, q
 
+    def test_follow_ups_name_passages_that_are_there(self, store: Path) -> None:
+        if not (store / "followups.jsonl").exists():
+            return
+        pairs = {p["pair"] for p in lines(store / "knowledge.jsonl")}
+        found = lines(store / "followups.jsonl")
+        assert Counter(f["lang"] for f in found) == {"zh": 12, "en": 12}
+        for f in found:
+            assert f["kind"] in {"other", "detail", "case", "new"}, f
+            assert len(f["answered"]) == len(f["turns"]) - 1 >= 1, f
+            assert f["relevant"], f
+            assert {*f["relevant"], *f["answered"]} <= pairs, f
+        assert not measured_questions() & {squeezed(turn) for f in found for turn in f["turns"]}
+
     def test_no_question_is_one_that_is_measured(self, store: Path) -> None:
         assert not measured_questions() & {squeezed(q["text"]) for q in lines(store / "questions.jsonl")}
 
