@@ -170,6 +170,18 @@ async def test_a_reply_that_leaves_out_the_figures_of_its_source_is_replaced() -
     assert reply.revised
 
 
+async def test_a_reply_from_another_passage_than_the_best_is_replaced_by_both() -> None:
+    reply, _ = await ask(answerer("Invoices come by e-mail after 24 hours."), "maybe tell me what posting costs")
+    assert reply.revised
+    assert reply.text.startswith("I found no exact match")
+    assert reply.text.index("¥8") < reply.text.index("24 hours")
+    alone, _ = await ask(
+        answerer("Invoices come by e-mail after 24 hours.", rules=Rules(direct=False)),
+        "maybe tell me what posting costs",
+    )
+    assert alone.outcome == "generated"  # the model is measured alone
+
+
 async def test_under_an_honest_no_the_nearest_passages_are_shown() -> None:
     reply, _ = await ask(answerer(), "somewhat unclear")
     assert reply.outcome == "no_answer"
