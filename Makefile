@@ -96,7 +96,7 @@ default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, ma
 	$(RUN) examples/training/tune.py
 
 .PHONY: default-reranker
-default-reranker: $(call stamp,cpu)  ## the rerankers that are shipped, trained anew: about half an hour, after the encoders
+default-reranker: $(call stamp,cpu)  ## the rerankers that are shipped, trained anew: about forty minutes, after the encoders
 	$(RUN) examples/training/rerank.py
 
 .PHONY: default-release

@@ -523,8 +523,8 @@ class Answerer:
         """
         Whether a generated reply leaves out what its own source says, or has another source than the best passage.
 
-        Its source is the passage it shares most with. Where the search has another one first, the search is right in six
-        of ten and the model in one (docs/experiments.md). Off with the direct path: then the model is measured alone.
+        Its source is the passage it shares most with. Where the search has another one first, the search is right in
+        six of ten and the model in one (docs/experiments.md). Off with the direct path, which measures the model alone.
         """
         if not self.rules.direct:
             return False

@@ -3,9 +3,10 @@ What a training step frees: kept for the next step, given back when too much is 
 
 A step frees and asks for the same few gigabytes again and again, in pieces of megabytes. glibc gives such pieces back
 to the kernel at once and gets them anew, each page by a fault that clears it: a quarter of a pass's processor time
-with two layers of Qwen2.5-0.5B and a row of 1,024 tokens. Kept, they are used again. But no two rows' logits are of one
-size, and what does not fit into a hole is taken anew: 7 GiB became 23 in 110 steps of the default release. So what is
-free is given back whenever the process has grown by a quarter. What is computed stays the same.
+with two layers of Qwen2.5-0.5B and a row of 1,024 tokens. Kept, they are used again. But what does not fit into a hole
+is taken anew, and no two rows' logits are of one size: with those kept too, 7 GiB became 23 in 110 steps of the default
+release. So the largest pieces go back at once, and all that is free whenever the process has grown by a quarter
+(docs/experiments.md). What is computed stays the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = (1 << 31) - 1  # bytes: the largest value of an int
-_GROWN = 1.25  # times what the process holds after a step; 1.25: every eighth step of the default release
+_LARGE = 128 << 20  # bytes; what is larger is a row's logits
+_GROWN = 1.25  # times what the process holds after a step
 
 
 def keep_freed_memory() -> bool:
@@ -25,7 +27,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _NEVER)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 class Heap:

@@ -7,7 +7,7 @@ in torch. Learned from are every question and the passages that the search puts 
 none of whose passages may be liked. So are some questions of the other stores, which no passage answers. What is
 shipped is the mean of the weights over the last steps (arXiv 1803.05407).
 
-    make default-reranker                       # on all stores but KEPT_OUT; an hour on two cores
+    make default-reranker                       # on all stores but KEPT_OUT; forty minutes on two cores
 """
 
 from __future__ import annotations
