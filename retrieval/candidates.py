@@ -75,8 +75,8 @@ def find_candidates(
             found.append(index.nearest(across.raw, across.placed, theirs, across.alone, N_DENSE))
         return found
 
-    # Of a small store less than a millisecond, and handing it to a thread would cost as much; of a larger one it is done
-    # outside the interpreter's lock while this thread does the rest.
+    # Of a small store less than a millisecond, and handing it to a thread would cost as much; of a larger one it is
+    # done outside the interpreter's lock while this thread does the rest.
     other = _second_core.submit(nearest_of_theirs) if len(index.units) > FLAT_UNITS else None
     of_ours = index.nearest(raw, placed, ours, allowed, N_DENSE)
     lexical = index.lexical.query(query, slots)
