@@ -69,9 +69,7 @@ class Retriever(Protocol):
 
 # What may go on from the question before (bot/followup.py) is searched alone and with it; fitted as the chance is.
 _LEAST_FOLLOWS = 0.1  # a smaller chance is none
-_FOLLOWING = (
-    0.55  # of what surely goes on so much is what is found with the question before, the rest what it finds alone
-)
+_FOLLOWING = 0.55  # of what surely goes on so much is found with the question before, the rest without
 _N_MIXED = 10  # hits of each search
 _QUOTED = 0.35  # of a reply's words in a passage's order, from which on it quotes that passage
 DIRECT, ANSWER = 0.5, 0.25  # confidences for a store that chose no risk (docs/experiments.md)
