@@ -164,6 +164,7 @@ def test_help_for_the_agent_suggestions_canned_replies_and_faq_drafts(open_url: 
 
     visitor = wants_a_human(open_url(server.url, "en"), "Is shipping free?")
     card(li, visitor).click()
+    expect(li.get_by_role("button", name="Accept", exact=True)).to_be_visible()
     li.keyboard.press("a")  # the keyboard accepts
     expect(visitor.locator("zhanggui-chat .status")).to_have_text("You are talking to 李娜")
     box = li.locator(".composer textarea")
