@@ -128,13 +128,16 @@ class Visitors:
 
     def __init__(self) -> None:
         self.replies: list[tuple[str, str]] = []  # (release, text), in the order in which they came
+        self.asked: list[int] = []  # the how manieth question each of them answers
+        self.n_asked = 0
         self.failures: list[dict[str, Any]] = []
 
     async def ask(self, shop: Shop, n: int) -> None:
         async with Wire(f"ws://127.0.0.1:{shop.port}/ws") as wire:
             await wire.hello(locale="zh-CN")
             for i in range(1_000_000):
-                turn = f"v{n}-{i}"
+                turn, number = f"v{n}-{i}", self.n_asked
+                self.n_asked += 1
                 await wire.say("ask", id=turn, text=QUESTIONS[(n + i) % len(QUESTIONS)])
                 while True:
                     frame = await wire.hear(timeout_s=120)
@@ -143,14 +146,17 @@ class Visitors:
                         break
                     if frame["type"] == "event" and frame.get("role") == "bot" and frame.get("turn") == turn:
                         self.replies.append((frame["release"]["adapter"], frame["text"]))
+                        self.asked.append(number)
                         break
 
     async def some_more(self) -> list[tuple[str, str]]:
-        """Return replies to questions asked from now on: every visitor's next but one."""
-        before = len(self.replies)
-        while len(self.replies) < before + 2 * N_VISITORS:
+        """Return replies to questions asked from now on, as many as there are visitors."""
+        before = self.n_asked
+        while True:
+            found = [reply for reply, number in zip(self.replies, self.asked, strict=True) if number >= before]
+            if len(found) >= N_VISITORS:
+                return found
             await asyncio.sleep(0.02)
-        return self.replies[before + N_VISITORS :]
 
     def check(self) -> None:
         assert self.failures == []
