@@ -12,6 +12,7 @@ numbers of learned tokens differ, and waits for the same number of rows in each.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -242,7 +243,7 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
         ["finetune.train", "transformers", "peft"]
     )  # loaded once, not by each
     context = mp.start_processes(
-        _child, (main, arguments, config, address), config.gpus, join=False, start_method="forkserver"
+        _child, (_importable(main), arguments, config, address), config.gpus, join=False, start_method="forkserver"
     )
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -265,6 +266,15 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _importable(main: Main) -> Main:
+    """Return `main` as a new process finds it: under `python -m PACKAGE` it lives in `__main__`, which is another there."""
+    spec = sys.modules["__main__"].__spec__
+    if main.__module__ != "__main__" or spec is None:
+        return main
+    found: Main = getattr(importlib.import_module(spec.name), main.__name__)
+    return found
 
 
 def _child(rank: int, main: Main, arguments: list[str], config: RunConfig, address: str) -> None:
