@@ -269,7 +269,7 @@ def launch(main: Main, arguments: list[str], config: RunConfig) -> int:
 
 
 def _importable(main: Main) -> Main:
-    """Return `main` as a new process finds it: under `python -m PACKAGE` it lives in `__main__`, which is another there."""
+    """Return `main` as a new process finds it: under `python -m` it is in `__main__`, another one there."""
     spec = sys.modules["__main__"].__spec__
     if main.__module__ != "__main__" or spec is None:
         return main

@@ -74,9 +74,11 @@ class Network:
 class Bert:
     """A network ready to run. Thread-safe: several threads may encode at once, each of them using `n_threads`."""
 
-    def __init__(self, network: Network, n_threads: int = 1) -> None:
+    def __init__(self, network: Network, n_threads: int = 1, middle: int | None = None) -> None:
         """
         Build the graph and let ONNX Runtime arrange it, about 0.3 s.
+
+        `middle` is a number of layers after which the token vectors are handed out too.
 
         Raises:
             RetrievalError: ONNX Runtime refuses it.
@@ -84,13 +86,14 @@ class Bert:
         # The layers live on in the session alone.
         self._words, self._places, self._kind = network.words, network.places, network.kind
         self.dim = len(network.kind)
-        self._session = _graph(network).session(n_threads)
+        self._session = _graph(network, middle).session(n_threads)
 
-    def encode(self, rows: Sequence[Sequence[int]], each: Callable[[int, Matrix], None] | None = None) -> Matrix:
+    def encode(self, rows: Sequence[Sequence[int]], each: Callable[..., None] | None = None) -> Matrix:
         """
         Return the mean of each row's token vectors, (len(rows), dim), of any length; rows must not be empty.
 
-        `each` is handed the token vectors themselves, (len(row), dim), with the row's number.
+        `each` is handed the token vectors themselves, (len(row), dim), behind the row's number, and behind them those
+        of the middle, where there is one.
         """
         out = np.zeros((len(rows), self.dim), np.float32)
         # Batches of like length: padding is work for nothing.
@@ -100,13 +103,13 @@ class Bert:
             while n < len(left) and (n + 1) * len(rows[left[n]]) <= MAX_BATCH_TOKENS:
                 n += 1
             batch, left = left[:n], left[n:]
-            hidden, out[batch] = self._run([rows[i] for i in batch])
+            found, out[batch] = self._run([rows[i] for i in batch])
             if each is not None:
                 for n, i in enumerate(batch):
-                    each(i, hidden[n, : len(rows[i])])
+                    each(i, *(hidden[n, : len(rows[i])] for hidden in found))
         return out
 
-    def _run(self, rows: Sequence[Sequence[int]]) -> tuple[Matrix, Matrix]:
+    def _run(self, rows: Sequence[Sequence[int]]) -> tuple[list[Matrix], Matrix]:
         longest = max(map(len, rows))
         ids = np.zeros((len(rows), longest), np.int64)  # (B, T)
         real = np.zeros((len(rows), longest), np.int32)
@@ -115,13 +118,13 @@ class Bert:
             real[n, : len(row)] = 1
         words = self._words(ids.reshape(-1)).reshape(*ids.shape, self.dim)
         x = words + self._places[:longest] + self._kind
-        hidden: Matrix = self._session.run(None, {"x": x, "real": real})[0]
-        mean: Matrix = (hidden * real[:, :, None]).sum(1) / real.sum(1, keepdims=True)
-        return hidden, mean.astype(np.float32, copy=False)
+        found: list[Matrix] = self._session.run(None, {"x": x, "real": real})
+        mean: Matrix = (found[0] * real[:, :, None]).sum(1) / real.sum(1, keepdims=True)
+        return found, mean.astype(np.float32, copy=False)
 
 
-def _graph(net: Network) -> Graph:
-    """Return the layers: x (B, T, dim) and real (B, T), 1 or 0 -> hidden (B, T, dim)."""
+def _graph(net: Network, middle: int | None) -> Graph:
+    """Return the layers: x (B, T, dim) and real (B, T), 1 or 0 -> hidden (B, T, dim), and that of the `middle`."""
     graph, dim = Graph(), len(net.kind)
     graph.input("x", "float32", ["B", "T", dim])
     graph.input("real", "int32", ["B", "T"])
@@ -137,11 +140,14 @@ def _graph(net: Network) -> Graph:
         return graph.node("SkipLayerNormalization", x, added, *values, epsilon=net.eps, ours=True)
 
     x = graph.node("LayerNormalization", "x", *net.norm, epsilon=net.eps)
+    after = []
     for layer in net.layers:
         q, k, v = (mapped(x, *layer.maps[part]) for part in ("q", "k", "v"))
         seen = graph.node("MultiHeadAttention", q, k, v, "", "real", num_heads=net.n_heads, ours=True)
         x = normed_sum(x, mapped(seen, *layer.maps["out"]), layer.norms["attention"])
         inner = graph.node("Gelu", mapped(x, *layer.maps["inner"]), ours=True)
         x = normed_sum(x, mapped(inner, *layer.maps["outer"]), layer.norms["output"])
-    graph.output(x, ["B", "T", dim])
+        after.append(x)
+    for hidden in (x,) if middle is None else (x, after[middle - 1]):
+        graph.output(hidden, ["B", "T", dim])
     return graph

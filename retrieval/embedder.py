@@ -64,7 +64,8 @@ class Reads(Protocol):
     What an embedder may do beside: keep of a text what a reranker reads, in the same go as its vector.
 
     `read_queries` and `read_passages` return the vectors of `embed_queries` and `embed_passages`, and those; `logits`
-    how surely each passage answers the question, (len(passages),).
+    how surely each passage answers the question, (len(passages),), and `closer` the same, slower and better, of the few
+    that look best. `closer` reads the last part of what is kept of a passage, and nothing else does.
     """
 
     version: str  # changes whenever what is kept of the same text may be another
@@ -75,6 +76,8 @@ class Reads(Protocol):
     def read_passages(self, texts: Sequence[str]) -> tuple[Vectors, list[ReadPassage]]: ...
 
     def logits(self, question: ReadQuestion, passages: Sequence[ReadPassage]) -> NDArray[np.float32]: ...
+
+    def closer(self, question: ReadQuestion, passages: Sequence[ReadPassage]) -> NDArray[np.float32]: ...
 
 
 class VectorCache:

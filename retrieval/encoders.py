@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
 from retrieval.errors import RetrievalError
@@ -75,18 +75,26 @@ def load_moves(path: Path = SHIPPED) -> tuple[dict[str, Moves], str]:
     return {name: Moves(moves) for name, moves in by_encoder.items()}, checksum
 
 
-def load_by_encoder(path: Path, what: str) -> tuple[dict[str, dict[str, Matrix]], str]:
+def load_by_encoder(
+    path: Path, what: str, *, trained_over: str | None = None
+) -> tuple[dict[str, dict[str, Matrix]], str]:
     """
     Return the tensors named ENCODER/NAME in a shipped file by encoder and name, and its short checksum.
 
+    `what` the file holds is said in errors; `trained_over` is what its "encoders" must say, this file's checksum.
+
     Raises:
-        RetrievalError: the file is missing or is none of tensors; `what` cannot be read.
+        RetrievalError: the file is missing or is none of tensors, or was trained over other encoders.
     """
     try:
         data = path.read_bytes()
         tensors = load(data)
+        with safe_open(path, "numpy") as file:
+            over = (file.metadata() or {}).get("encoders")
     except (OSError, SafetensorError) as exc:
         raise RetrievalError(f"{what} cannot be read: {exc}") from exc
+    if trained_over is not None and over != trained_over:
+        raise RetrievalError(f"{what} were trained over other encoders; train them anew: make default-reranker")
     by_encoder: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tensors.items():
         encoder, _, rest = name.partition("/")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from retrieval.candidates import Across, Candidates, find_candidates
 from retrieval.confidence import NAMES, Calibration, Features, load_calibration
-from retrieval.embedder import Embedder, ReadQuestion, Reads, Vectors
+from retrieval.embedder import Embedder, ReadPassage, ReadQuestion, Reads, Vectors
 from retrieval.errors import RetrievalError
 from retrieval.explain import Explanation, HitReasons, LeftOut
 from retrieval.glossary import SHIPPED as GLOSSARY
@@ -55,8 +55,12 @@ BARE_WORDS = 0.25
 # What a reranker's logit that a passage answers adds to the score of the first few; the mean of all that are read of a
 # passage and its translation. Fitted on the five stores that neither encoders nor rerankers were trained on
 # (docs/experiments.md).
-READ = 0.05
+READ = 0.08
 N_READ = 6
+# Of those so many are read closer, by the cross-encoder; its share of their logit. Their translations are not: that
+# bought nothing beside the mean above.
+N_CLOSER = 3
+CLOSER = 0.5
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
@@ -118,6 +122,7 @@ class HybridRetriever:
         self.index = index
         self.embedder = embedder
         self._reader = embedder if reads and index.readings and isinstance(embedder, Reads) else None
+        self._reads_closer = index.readings is not None and index.readings.are_closer
         given = calibration or load_calibration()
         self.calibration = given if self._reader else given.plain
         self.version = index.version  # of the knowledge: equal content, equal version
@@ -423,7 +428,7 @@ class HybridRetriever:
         scores = np.sum(list(parts.values()), axis=0)
         kept, folded, parts["translation"] = self._fold_twins(owners, scores, lang)
         # The first few are read beside the question, word by word.
-        logits = self._logits(query if meant is None else meant, owners, kept)
+        logits = self._logits(query if meant is None else meant, owners, kept, scores)
         if logits is not None:
             parts["read"] = READ * logits
             scores += parts["read"]
@@ -545,24 +550,38 @@ class HybridRetriever:
         best = np.argsort(-lessons, kind="stable")[:N_TAUGHT]
         return {owner for key in best.tolist() if lessons[key] > 0 for owner in self._taught.get(key, ())}
 
-    def _logits(self, query: str, owners: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    def _logits(
+        self, query: str, owners: NDArray[np.int64], kept: NDArray[np.int64], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
         """
-        Return of each of `owners` the reranker's logit that it answers `query`; None where nothing is read.
+        Return of each of `owners` the logit that it answers `query`; None where nothing is read.
 
-        Only the first `N_READ` of `kept`, places among the owners, are read, with their translations; the others are
-        given the lowest of theirs, so that none of them comes before one that was read.
+        Only the first `N_READ` of `kept`, places among the owners, are read, with their translations, and of these the
+        best few once more by the cross-encoder. The others are given at most the lowest of theirs, so that none comes
+        before one that was read.
         """
         if self._reader is None or self.index.readings is None or not len(kept):
             return None
         twins = self._twins[owners]
         read = np.flatnonzero(np.isin(twins, twins[kept[:N_READ]]))
-        passages = [self.index.readings.of(number) for number in owners[read].tolist()]
-        found = self._reader.logits(self._reading(query), passages).astype(np.float64)
-        _, places = np.unique(twins[read], return_inverse=True)
-        means = np.bincount(places, found) / np.bincount(places)
+        found = self._reader.logits(self._reading(query), self._kept_of(owners[read])).astype(np.float64)
+        _, pairs = np.unique(twins[read], return_inverse=True)
+        means = np.bincount(pairs, found) / np.bincount(pairs)
         logits = np.full(len(owners), means.min())
-        logits[read] = means[places]
+        logits[read] = means[pairs]
+        if self._reads_closer:
+            best = kept[np.argsort(-(scores + READ * logits)[kept], kind="stable")[:N_CLOSER]]
+            closer = self._reader.closer(self._reading(query), self._kept_of(owners[best]))
+            logits[best] = (1 - CLOSER) * logits[best] + CLOSER * closer
+            others = np.ones(len(owners), dtype=np.bool_)
+            others[best] = False
+            logits[others] = np.minimum(logits[others], logits[best].min())
         return logits
+
+    def _kept_of(self, numbers: NDArray[np.int64]) -> list[ReadPassage]:
+        """Return what a reranker reads of the passages `numbers`."""
+        assert self.index.readings is not None
+        return [self.index.readings.of(number) for number in numbers.tolist()]
 
     def _reading(self, query: str) -> ReadQuestion:
         """Return what a reranker reads of `query`."""

@@ -1,8 +1,9 @@
 """
-What a reranker reads of each passage, in memory and on disk: the token vectors of its body in 8 bits.
+What is read of each passage beside a question, in memory and on disk: the token vectors of its body in 8 bits.
 
 Knows arrays and numbers of passages; knows no model. About 128 bytes a token and encoder: 10 KB a passage, so only
-stores of at most `MAX_PASSAGES` have them, mapped where they are large.
+stores of at most `MAX_PASSAGES` have them, mapped where they are large. What is read closer, the last part, is three
+times as much again and kept in stores of at most `MAX_CLOSER`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from retrieval.errors import IndexDamaged
 from retrieval.passages import Passage
 
 MAX_PASSAGES = 20_000
+MAX_CLOSER = 5_000  # 150 MB of them
 LEAST_SHARE = 0.5  # of a store's passages that say more than their wordings; there is nothing to read in the others
 TOKENS_FILE, FIRST_FILE = "read.npy", "read-first.npy"
 FILES = (TOKENS_FILE, FIRST_FILE)
@@ -35,7 +37,9 @@ class Readings:
 
     @classmethod
     def build(cls, read: Sequence[ReadPassage], width: int) -> Readings:
-        """Put together what was read of every passage."""
+        """Put together what was read of every passage; of many, the last part is left out."""
+        if len(read) > MAX_CLOSER:
+            read = [(*parts[:-1], parts[-1][:0]) for parts in read]
         parts = [part.reshape(-1) for one in read for part in one]
         first = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int8)
@@ -46,6 +50,12 @@ class Readings:
         start = number * self._n_encoders
         ends = self._first[start : start + self._n_encoders + 1].tolist()
         return tuple(self._tokens[begin:end].reshape(-1, self._width) for begin, end in pairwise(ends))
+
+    @property
+    def are_closer(self) -> bool:
+        """Whether the last part, which is read closer, is kept."""
+        last = np.diff(self._first)[self._n_encoders - 1 :: self._n_encoders]
+        return bool(last.any())
 
     def save(self, folder: Path) -> list[str]:
         """Write the files into `folder` and return their names. Blocks on disk; OSError where it is full."""

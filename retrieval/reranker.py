@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from retrieval.encoders import Matrix, load_by_encoder
 from retrieval.errors import RetrievalError
@@ -159,11 +158,7 @@ def load_rerankers(encoders: str, path: Path = SHIPPED) -> tuple[dict[str, Reran
     Raises:
         RetrievalError: the file is missing or not one of ours, or was trained over other encoders.
     """
-    by_encoder, checksum = load_by_encoder(path, "the reranker's weights")
-    with safe_open(path, "numpy") as file:
-        trained_over = (file.metadata() or {}).get("encoders")
-    if trained_over != encoders:
-        raise RetrievalError("the reranker was trained over other encoders; train it anew: make default-reranker")
+    by_encoder, checksum = load_by_encoder(path, "the reranker's weights", trained_over=encoders)
     return {name: Reranker(weights) for name, weights in by_encoder.items()}, checksum
 
 

@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,11 +145,12 @@ class Network(nn.Module):
 
 
 class Texts:
-    """Questions and passages of stores as both encoders' token vectors, and what is asked of which."""
+    """Questions and passages of stores as token vectors, and what is asked of which."""
 
-    def __init__(self) -> None:
-        self.questions: dict[str, Rows] = {"e5": [], "minilm": []}
-        self.passages: dict[str, Rows] = {"e5": [], "minilm": []}
+    def __init__(self, kinds: Sequence[str] = ("e5", "minilm")) -> None:
+        """`kinds` are the token vectors that are kept: e5's, MiniLM's or, "middle", e5's that are read on together."""
+        self.questions: dict[str, Rows] = {kind: [] for kind in kinds}
+        self.passages: dict[str, Rows] = {kind: [] for kind in kinds}
         self.asked: list[Asked] = []
         self.english: list[bool] = []  # of each question
         self.is_english: list[bool] = []  # of each passage
@@ -199,13 +200,14 @@ class Texts:
         embedder: BilingualEmbedder, texts: Sequence[str], into: dict[str, Rows], longest: int, *, as_query: bool
     ) -> None:
         for start in range(0, len(texts), TEXTS):
-            for e5, minilm in embedder.hidden(texts[start : start + TEXTS], as_query=as_query)[1]:
-                into["e5"].append(torch.from_numpy(e5[:longest]).bfloat16())
-                into["minilm"].append(torch.from_numpy(minilm[:longest]).bfloat16())
+            for hidden in embedder.hidden(texts[start : start + TEXTS], as_query=as_query)[1]:
+                for kind, rows in zip(("e5", "minilm", "middle"), hidden, strict=True):
+                    if kind in into:
+                        into[kind].append(torch.from_numpy(rows[:longest]).bfloat16())
 
     def of(self, encoder: str) -> list[Asked]:
         """Return what the encoder's reranker learns from: of MiniLM English questions with English passages alone."""
-        if encoder == "e5":
+        if encoder != "minilm":
             return [one for one in self.asked if one.candidates]
         found = []
         for one in self.asked:
@@ -258,7 +260,7 @@ def padded(rows: Sequence[Tensor], kept: float = 1.0) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(whole, True), real
 
 
-def batch_loss(network: Network, batch: Sequence[Asked], texts: Texts, encoder: str, chance: random.Random) -> Tensor:
+def batch_loss(network: nn.Module, batch: Sequence[Asked], texts: Texts, encoder: str, chance: random.Random) -> Tensor:
     """Return the loss of some questions with all their candidates."""
     passages, places, answers = [], [], []
     for place, one in enumerate(batch):
@@ -284,7 +286,9 @@ def batch_loss(network: Network, batch: Sequence[Asked], texts: Texts, encoder: 
     return loss + among.mean() if len(among) else loss
 
 
-def batches(asked: Sequence[Asked], texts: Texts, encoder: str, chance: random.Random) -> list[list[Asked]]:
+def batches(
+    asked: Sequence[Asked], texts: Texts, encoder: str, chance: random.Random, batch: int = BATCH
+) -> list[list[Asked]]:
     """Return one epoch in batches, each of questions and passages of like length."""
 
     def size(one: Asked) -> tuple[int, int]:
@@ -294,9 +298,9 @@ def batches(asked: Sequence[Asked], texts: Texts, encoder: str, chance: random.R
     left = [one for one in asked if not one.stranger or chance.random() < STRANGERS_ASKED]
     chance.shuffle(left)
     found = []
-    for start in range(0, len(left), LIKE * BATCH):
-        alike = sorted(left[start : start + LIKE * BATCH], key=size)
-        found += [alike[at : at + BATCH] for at in range(0, len(alike), BATCH)]
+    for start in range(0, len(left), LIKE * batch):
+        alike = sorted(left[start : start + LIKE * batch], key=size)
+        found += [alike[at : at + batch] for at in range(0, len(alike), batch)]
     chance.shuffle(found)
     return found
 
@@ -307,51 +311,74 @@ def train(texts: Texts, encoder: str, epochs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     asked = texts.of(encoder)
     network = Network(*texts.plain(encoder))
-    mean = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.01)
     planned = [batch for _ in range(epochs) for batch in batches(asked, texts, encoder, chance)]
+    fit(network, [(network.parameters(), RATE)], planned, lambda one: batch_loss(network, one, texts, encoder, chance))
+    return network.tensors()
+
+
+def fit(
+    network: nn.Module,
+    rates: Sequence[tuple[Iterable[nn.Parameter], float]],
+    planned: Sequence[list[Asked]],
+    loss_of: Callable[[list[Asked]], Tensor],
+) -> None:
+    """Learn from the `planned` batches, parameters at their `rates`; the network ends as the mean of its last steps."""
+    mean = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    groups = [{"params": list(parameters), "lr": rate, "highest": rate} for parameters, rate in rates]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     shown, began = 0.0, time.perf_counter()
     for n, batch in enumerate(planned, start=1):
-        loss = batch_loss(network, batch, texts, encoder, chance)
+        loss = loss_of(batch)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, n / WARM_UP) * max(0.02, 1 - n / len(planned))
+            group["lr"] = group["highest"] * min(1, n / WARM_UP) * max(0.02, 1 - n / len(planned))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         kept = min(1 - 1 / MEAN_OF, n / (n + 10))
-        for name, tensor in network.state_dict().items():
-            mean[name].mul_(kept).add_(tensor, alpha=1 - kept)
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                mean[name].mul_(kept).add_(tensor, alpha=1 - kept)
         shown = loss.item() if n == 1 else 0.98 * shown + 0.02 * loss.item()
         if n % 100 == 0:
-            print(f"{encoder} {n}/{len(planned)}  loss {shown:.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"{n}/{len(planned)}  loss {shown:.3f}  {time.perf_counter() - began:.0f} s", flush=True)
     network.load_state_dict(mean)
-    return network.tensors()
+
+
+def read_stores(texts: Texts, names: Sequence[str], embedder: BilingualEmbedder, cache_dir: Path) -> None:
+    """Add the stores `names` to the texts; their vectors are kept under `cache_dir`."""
+    cache = VectorCache(cache_dir / "calibration.sqlite")
+    for name in sorted(names):
+        began = time.perf_counter()
+        texts.add(HERE / name, embedder, cache)
+        print(f"{name}: read in {time.perf_counter() - began:.0f} s", flush=True)
+    cache.close()
+
+
+def options_of(about: str, out: Path) -> argparse.ArgumentParser:
+    """Return what both trainings of this folder can be told."""
+    stores = sorted(path.parent.name for path in HERE.glob("*/knowledge.jsonl"))
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, default=out)
+    default = [store for store in stores if store not in KEPT_OUT]
+    parser.add_argument("--stores", nargs="+", default=default, choices=stores, metavar="STORE")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=HERE.parent.parent / "var" / "cache", help="folder of vectors")
+    return parser
 
 
 def main() -> None:
-    stores = sorted(path.parent.name for path in HERE.glob("*/knowledge.jsonl"))
-    parser = argparse.ArgumentParser(description="Train the shipped rerankers on the stores of this folder.")
-    parser.add_argument("--out", type=Path, default=SHIPPED)
-    default = [store for store in stores if store not in KEPT_OUT]
-    parser.add_argument("--stores", nargs="+", default=default, choices=stores, metavar="STORE")
+    parser = options_of("Train the shipped rerankers on the stores of this folder.", SHIPPED)
     parser.add_argument("--only", choices=("e5", "minilm"), help="the other one stays as --out has it")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=HERE.parent.parent / "var" / "cache", help="folder of vectors")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    embedder = BilingualEmbedder(options.threads, rerankers=None)
-    cache = VectorCache(options.cache / "calibration.sqlite")
     texts = Texts()
-    for store in sorted(options.stores):
-        began = time.perf_counter()
-        texts.add(HERE / store, embedder, cache)
-        print(f"{store}: read in {time.perf_counter() - began:.0f} s", flush=True)
-    cache.close()
+    read_stores(texts, options.stores, BilingualEmbedder(options.threads, rerankers=None), options.cache)
     kept: dict[str, Any] = load_file(options.out) if options.only and options.out.exists() else {}
     for encoder in ("e5", "minilm"):
         if options.only in (None, encoder):
+            print(encoder, flush=True)
             trained = train(texts, encoder, options.epochs)
             kept = {name: tensor for name, tensor in kept.items() if not name.startswith(f"{encoder}/")}
             kept |= {f"{encoder}/{name}": tensor for name, tensor in trained.items()}

@@ -359,7 +359,9 @@ def validations(run: Path) -> list[float]:
 
 
 @pytest.mark.timeout(240)  # new processes import torch
-@pytest.mark.parametrize(("method", "more"), [("lora", []), ("lora", ["--fsdp"]), ("full", ["--fsdp"])], ids=["lora", "lora-fsdp", "fsdp"])
+@pytest.mark.parametrize(
+    ("method", "more"), [("lora", []), ("lora", ["--fsdp"]), ("full", ["--fsdp"])], ids=["lora", "lora-fsdp", "fsdp"]
+)
 def test_two_processes_make_the_steps_of_one_and_one_goes_on_where_they_were(
     base: Path, data: Path, tmp_path: Path, method: str, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
