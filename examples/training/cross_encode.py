@@ -35,6 +35,7 @@ from retrieval.encoders import load_moves  # noqa: E402
 
 EPOCHS = 2
 BATCH = 16  # questions
+STRANGERS_ASKED = 0.25  # share of the questions of other stores that an epoch asks; they are the easy ones
 N_SHOWN = 4  # candidates a question: what answers it, and of the others the first or, as often, any
 RATE, HEAD_RATE = 1.5e-4, 1e-3  # of the layers, which know a language already, and of what is new
 DROPOUT = 0.1  # in the head alone: in the layers it takes a seventh of a step and bought nothing
@@ -130,7 +131,11 @@ def main() -> None:
     chance = random.Random(0)
     torch.manual_seed(0)
     network, asked = Network(), texts.of("middle")
-    planned = [batch for _ in range(options.epochs) for batch in batches(asked, texts, "middle", chance, BATCH)]
+    planned = [
+        batch
+        for _ in range(options.epochs)
+        for batch in batches(asked, texts, "middle", chance, BATCH, STRANGERS_ASKED)
+    ]
     head = [parameter for name, parameter in network.named_parameters() if not name.startswith("layers.")]
 
     def loss(batch: list[Asked]) -> Tensor:

@@ -287,7 +287,12 @@ def batch_loss(network: nn.Module, batch: Sequence[Asked], texts: Texts, encoder
 
 
 def batches(
-    asked: Sequence[Asked], texts: Texts, encoder: str, chance: random.Random, batch: int = BATCH
+    asked: Sequence[Asked],
+    texts: Texts,
+    encoder: str,
+    chance: random.Random,
+    batch: int = BATCH,
+    strangers_asked: float = STRANGERS_ASKED,
 ) -> list[list[Asked]]:
     """Return one epoch in batches, each of questions and passages of like length."""
 
@@ -295,7 +300,7 @@ def batches(
         longest = max(len(texts.passages[encoder][own]) for own, _, _ in one.candidates)
         return min(longest, MAX_TOKENS) // 24, len(texts.questions[encoder][one.number])
 
-    left = [one for one in asked if not one.stranger or chance.random() < STRANGERS_ASKED]
+    left = [one for one in asked if not one.stranger or chance.random() < strangers_asked]
     chance.shuffle(left)
     found = []
     for start in range(0, len(left), LIKE * batch):

@@ -179,12 +179,16 @@ async def test_conversations_are_dealt_out_stay_where_they_are_and_are_counted_a
         assert found["needed"] == {"control": experiment.n_control, "candidate": experiment.n_candidate}
         enough = old["n"] >= experiment.n_control and new["n"] >= experiment.n_candidate
         assert found["enough"] is enough
-        assert found["verdict"].startswith("no difference" if enough else "too early")
+        # Who gets which release is drawn anew in every run: one in some dozen shows a difference by chance alone.
+        side = "better" if by_hand.low > 0 else "worse" if by_hand.high < 0 else ""
+        told = f"the candidate is {side}" if side else "no difference found"
+        assert found["verdict"].startswith(told if enough else "too early")
         assert early not in dealt
 
         # A candidate that did not win is not kept without a word; the end leads everybody back.
-        assert await command("ab", "stop", *where, "--keep", "new") == 2
-        assert "--anyway keeps 'new' all the same" in capsys.readouterr().err
+        if side != "better":
+            assert await command("ab", "stop", *where, "--keep", "new") == 2
+            assert "--anyway keeps 'new' all the same" in capsys.readouterr().err
         assert await command("ab", "stop", *where) == 0
         await until(lambda: engines.names() == ("old",))
         async with Wire(server.ws_url) as tab:
