@@ -36,7 +36,7 @@ class Features:
     other_lang: float  # 1 where the passage is in another language than the query
     learned: float = 0.0  # what the store's tuning says of it (learned.py), about 0 to 1; 0 without one
     learned_lead: float = 0.0  # the same, above the best other passage
-    read: float = 0.0  # a tenth of the reranker's logit that it answers; 0 where nothing is read
+    read: float = 0.0  # a tenth of the logit that it answers, read beside the query; 0 where nothing is read
     read_lead: float = 0.0  # the same, above the best other passage
 
     def values(self) -> tuple[float, ...]:

@@ -52,8 +52,8 @@ APPROVED = 0.02  # of a FAQ and a passage of another kind that say the same, the
 # the words (0.648 -> 0.655 recall@1 on zh_tonghuashun; 0 gives 0.650). English ones lose by it (banking77 0.575 ->
 # 0.553), since the English model reads a body as well as a question; several wordings together are worth a body.
 BARE_WORDS = 0.25
-# What a reranker's logit that a passage answers adds to the score of the first few; the mean of all that are read of a
-# passage and its translation. Fitted on the five stores that neither encoders nor rerankers were trained on
+# What the logit that a passage answers, read beside the question, adds to the score of the first few; the reranker's is
+# the mean of all that are read of a passage and its translation. Fitted on the five stores that neither encoders nor rerankers were trained on
 # (docs/experiments.md).
 READ = 0.08
 N_READ = 6
