@@ -53,8 +53,8 @@ APPROVED = 0.02  # of a FAQ and a passage of another kind that say the same, the
 # 0.553), since the English model reads a body as well as a question; several wordings together are worth a body.
 BARE_WORDS = 0.25
 # What the logit that a passage answers, read beside the question, adds to the score of the first few; the reranker's is
-# the mean of all that are read of a passage and its translation. Fitted on the five stores that neither encoders nor rerankers were trained on
-# (docs/experiments.md).
+# the mean of all that are read of a passage and its translation. Fitted on the five stores that neither encoders nor
+# readers were trained on (docs/experiments.md).
 READ = 0.08
 N_READ = 6
 # Of those so many are read closer, by the cross-encoder; its share of their logit. Their translations are not: that
