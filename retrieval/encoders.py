@@ -89,11 +89,13 @@ def load_by_encoder(
     try:
         data = path.read_bytes()
         tensors = load(data)
-        with safe_open(path, "numpy") as file:
-            over = (file.metadata() or {}).get("encoders")
+        over = None
+        if trained_over is not None:
+            with safe_open(path, "numpy") as file:
+                over = (file.metadata() or {}).get("encoders")
     except (OSError, SafetensorError) as exc:
         raise RetrievalError(f"{what} cannot be read: {exc}") from exc
-    if trained_over is not None and over != trained_over:
+    if over != trained_over:
         raise RetrievalError(f"{what} were trained over other encoders; train them anew: make default-reranker")
     by_encoder: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tensors.items():

@@ -564,18 +564,17 @@ class HybridRetriever:
             return None
         twins = self._twins[owners]
         read = np.flatnonzero(np.isin(twins, twins[kept[:N_READ]]))
-        found = self._reader.logits(self._reading(query), self._kept_of(owners[read])).astype(np.float64)
+        question = self._reading(query)
+        found = self._reader.logits(question, self._kept_of(owners[read])).astype(np.float64)
         _, pairs = np.unique(twins[read], return_inverse=True)
         means = np.bincount(pairs, found) / np.bincount(pairs)
         logits = np.full(len(owners), means.min())
         logits[read] = means[pairs]
         if self._reads_closer:
             best = kept[np.argsort(-(scores + READ * logits)[kept], kind="stable")[:N_CLOSER]]
-            closer = self._reader.closer(self._reading(query), self._kept_of(owners[best]))
-            logits[best] = (1 - CLOSER) * logits[best] + CLOSER * closer
-            others = np.ones(len(owners), dtype=np.bool_)
-            others[best] = False
-            logits[others] = np.minimum(logits[others], logits[best].min())
+            found = (1 - CLOSER) * logits[best] + CLOSER * self._reader.closer(question, self._kept_of(owners[best]))
+            logits = np.minimum(logits, found.min())
+            logits[best] = found
         return logits
 
     def _kept_of(self, numbers: NDArray[np.int64]) -> list[ReadPassage]:

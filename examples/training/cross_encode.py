@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 sys.path.insert(0, str(HERE))
 
 from rerank import Asked, Texts, batch_loss, batches, fit, options_of, read_stores  # noqa: E402
+from tune import Layer  # noqa: E402
 
 from retrieval.bilingual import BilingualEmbedder  # noqa: E402
 from retrieval.cross_encoder import EPS, FROM_LAYER, MAX_PASSAGE_TOKENS, N_HEADS, SHIPPED, rounded  # noqa: E402
@@ -42,27 +43,6 @@ DROPOUT = 0.1  # in the head alone: in the layers it takes a seventh of a step a
 STEPS = 6 / 127  # of a value's spread in one step of its 8 bits: nothing lies further out
 
 
-class Layer(nn.Module):
-    """One layer of BERT."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.ao = (nn.Linear(width, width) for _ in range(4))
-        self.fi, self.fo = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.aln, self.oln = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
-
-    def forward(self, x: Tensor, absent: Tensor) -> Tensor:
-        def heads(tokens: Tensor) -> Tensor:
-            return tokens.view(*tokens.shape[:2], N_HEADS, -1).transpose(1, 2)
-
-        # By hand: on a CPU torch's fused attention is four times slower backwards in bfloat16 under a mask.
-        scores = heads(self.q(x)) @ heads(self.k(x)).transpose(2, 3) * (x.shape[2] // N_HEADS) ** -0.5
-        value = heads(self.v(x))
-        seen = (torch.softmax(scores + absent, -1).to(value.dtype) @ value).transpose(1, 2).reshape(x.shape)
-        x = self.aln(x + self.ao(seen))
-        return self.oln(x + self.fo(functional.gelu(self.fi(x))))  # type: ignore[no-any-return]
-
-
 class Network(nn.Module):
     """Token vectors of questions and passages after layer FROM_LAYER, with what is real in each -> logits (n,)."""
 
@@ -70,7 +50,9 @@ class Network(nn.Module):
         super().__init__()
         file, moves = E5File(installed_path()), load_moves()[0]["e5"]
         width, parts = file.dim, ("q", "k", "v", "ao", "fi", "fo")
-        self.layers = nn.ModuleList(Layer(width, file.n_inner) for _ in range(FROM_LAYER, file.n_layers))
+        self.layers = nn.ModuleList(
+            Layer(width, file.n_inner, EPS, nn.Linear) for _ in range(FROM_LAYER, file.n_layers)
+        )
         for n, layer in enumerate(self.layers, start=FROM_LAYER):
             for part in (*parts, "aln", "oln"):
                 name, into = f"l{n}.{part}", getattr(layer, part)
@@ -89,9 +71,9 @@ class Network(nn.Module):
         n = questions.shape[1]
         x = torch.cat([questions[which].float() + self.kind[0], passages.float() + self.kind[1]], 1)
         real = torch.cat([asked_real[which], theirs_real], 1)
-        absent = torch.zeros(real.shape, dtype=torch.bfloat16).masked_fill(~real, -1e9)[:, None, None]
+        absent = torch.zeros(real.shape).masked_fill(~real, -1e9)[:, None, None]
         for layer in self.layers:
-            x = layer(x, absent)
+            x = layer(x, absent, N_HEADS)
         x, shown = x.float(), real.float()[:, :, None]
         question = (x[:, :n] * shown[:, :n]).sum(1) / shown[:, :n].sum(1)
         passage = (x[:, n:] * shown[:, n:]).sum(1) / shown[:, n:].sum(1)

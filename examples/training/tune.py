@@ -86,12 +86,12 @@ class Map(nn.Linear):
 
 
 class Layer(nn.Module):
-    """One layer of BERT."""
+    """One layer of BERT; its matrices move by thin products alone, or as a whole where `map_of` is `nn.Linear`."""
 
-    def __init__(self, width: int, inner: int, eps: float) -> None:
+    def __init__(self, width: int, inner: int, eps: float, map_of: type[nn.Linear] = Map) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.ao = (Map(width, width) for _ in range(4))
-        self.fi, self.fo = Map(width, inner), Map(inner, width)
+        self.q, self.k, self.v, self.ao = (map_of(width, width) for _ in range(4))
+        self.fi, self.fo = map_of(width, inner), map_of(inner, width)
         self.aln, self.oln = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
 
     def forward(self, x: Tensor, mask: Tensor, n_heads: int) -> Tensor:
