@@ -64,12 +64,15 @@ def card(page: Page, visitor: Page) -> Locator:
 
 
 def write(page: Page, text: str) -> None:
-    box = page.locator(".composer textarea")
-    box.fill(text)
-    # Once the page knows that the conversation is this agent's; before, Enter is rightly ignored.
-    send = page.locator(".composer").get_by_role("button", name=re.compile("^(Send|发送|Add note|添加备注)$"))
-    expect(send).to_be_enabled()
-    box.press("Enter")
+    page.locator(".composer textarea").fill(text)
+    send(page)
+
+
+def send(page: Page) -> None:
+    """Enter, once the page knows that the conversation is this agent's; before, it is rightly ignored."""
+    button = page.locator(".composer").get_by_role("button", name=re.compile("^(Send|发送|Add note|添加备注)$"))
+    expect(button).to_be_enabled()
+    page.locator(".composer textarea").press("Enter")
 
 
 def wants_a_human(page: Page, text: str) -> Page:
@@ -172,7 +175,7 @@ def test_help_for_the_agent_suggestions_canned_replies_and_faq_drafts(open_url: 
     expect(li.get_by_role("option")).to_have_count(1)
     box.press("Enter")
     expect(box).to_have_value("Thank you for waiting.")
-    box.press("Enter")
+    send(li)
     expect(bubbles(visitor, "agent")).to_have_text("Thank you for waiting.")
 
     visitor.locator("zhanggui-chat input[type=file]").set_input_files(
@@ -192,7 +195,7 @@ def test_help_for_the_agent_suggestions_canned_replies_and_faq_drafts(open_url: 
     expect(box).to_have_value(re.compile("99"))
     assert visitor.locator("zhanggui-chat .row.agent .bubble:not(.wait)").count() == 1  # nothing was sent
     box.fill("Yes, delivery is free from ¥99, and today it leaves before four.")
-    box.press("Enter")
+    send(li)
     expect(bubbles(visitor, "agent").last).to_contain_text("before four")
     expect(li.locator(".row.agent:not(.unsent)")).to_have_count(2)
 
@@ -264,6 +267,7 @@ def test_axe_finds_nothing_wrong_with_the_inbox(open_url: OpenPage, server: Real
     visitor = wants_a_human(open_url(server.url, "en"), "Can I return something?")
     for language, scheme, size in (("en", "light", None), ("zh", "dark", None), ("en", "dark", SMALL_PHONE)):
         page = open_url(f"{server.url}inbox", language, color_scheme=scheme, size=size)
+        expect(page.locator("input[name=login]")).to_be_visible()
         assert axe.violations(page, source) == []  # sign-in
         sign_in(page, "li")
         expect(card(page, visitor)).to_be_visible()
