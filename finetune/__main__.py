@@ -340,9 +340,7 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m finetune", description="Fine-tune on the store's dialogues, prove it, publish it.")
-    commands = parser.add_subparsers(
-        required=True, metavar="import|train|search|classify|eval|publish|rollback|releases|jobs", parser_class=_Parser
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     c = commands.add_parser("import", help="dialogues in, a masked and split data folder out")
     c.add_argument(

@@ -120,6 +120,14 @@ class RunConfig(BaseModel):
             return {"max_tokens": 256, "row_tokens": 1024, "batch_tokens": 1024, "epochs": 3.0} | values
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_adapter(cls, values: Any) -> Any:
+        # Weights fit the shape they were trained in alone: where the run names none, it is theirs.
+        if not isinstance(values, dict) or values.get("start_from") is None:
+            return values
+        return _shape_of(Path(values["start_from"])) | values
+
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
         if self.row_tokens < self.max_tokens:
@@ -164,6 +172,21 @@ class RunConfig(BaseModel):
         if self.objective != "sft" and self.lr is None:
             return 2e-5  # preferences move a model that answers already: a tenth of what teaches it to
         return self.lr if self.lr is not None else usual[self.method]
+
+
+def _shape_of(folder: Path) -> dict[str, Any]:
+    """Return the knobs that give a LoRA adapter's weights their shape; none where no adapter can be read."""
+    try:
+        theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return {
+            "rank": theirs["r"],
+            "alpha": theirs["lora_alpha"],
+            "rslora": theirs["use_rslora"],
+            "targets": sorted(theirs["target_modules"]),
+            "from_layer": min(theirs["layers_to_transform"] or [0]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # what is wrong with it is said where its weights are read
 
 
 def read_knobs(path: Path) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def test_a_run_goes_on_from_an_adapter(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main([*arguments(base, data, first, lr="3e-3"), "--max-steps", "20"]) == 0
+    shape = ["--rank", "8", "--alpha", "12", "--set", 'targets=["q_proj","v_proj","down_proj"]', "--set", "from_layer=1"]
+    assert main([*arguments(base, data, first, lr="2e-2"), *shape, "--max-steps", "20"]) == 0
     more = ["--max-steps", "4", "--start-from", str(first / "result")]
     assert main([*arguments(base, data, second, lr="1e-9"), *more]) == 0
     # It begins where the first one ended, and steps of next to nothing leave it there.
@@ -169,11 +170,12 @@ def test_a_run_goes_on_from_an_adapter(
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     head = json.loads((second / "run.json").read_text())
     assert head["config"]["start_from"] == str(first / "result")
+    assert (head["config"]["rank"], head["config"]["alpha"], head["config"]["from_layer"]) == (8, 12, 1)  # the adapter's
     assert len(head["start_from_sha256"]) == 64
     capsys.readouterr()
     for extra, says in (
-        (["--rank", "8"], "has rank 16, the run 8"),
-        (["--set", "from_layer=1"], "other layers"),
+        (["--rank", "16"], "has rank 8, the run 16"),
+        (["--set", "from_layer=0"], "other layers"),
         (["--start-from", str(data)], "holds no adapter"),
         (["--method", "ia3"], "start_from goes on with a LoRA adapter"),
     ):
