@@ -96,7 +96,7 @@ default-encoders: $(call stamp,cpu)  ## the encoders' tuning that is shipped, ma
 	$(RUN) examples/training/tune.py
 
 .PHONY: default-reranker
-default-reranker: $(call stamp,cpu)  ## the rerankers and the cross-encoder that are shipped, trained anew: two hours, after the encoders
+default-reranker: $(call stamp,cpu)  ## the rerankers and the cross-encoder that are shipped, trained anew: three hours, after the encoders
 	$(RUN) examples/training/rerank.py
 	$(RUN) examples/training/cross_encode.py
 

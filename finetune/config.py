@@ -116,9 +116,12 @@ class RunConfig(BaseModel):
     @classmethod
     def _usual_of_the_task(cls, values: Any) -> Any:
         # A text is a tenth of a dialogue and teaches one label: smaller steps, or an epoch would be a handful of them.
-        if isinstance(values, dict) and values.get("task") == "classify":
-            return {"max_tokens": 256, "row_tokens": 1024, "batch_tokens": 1024, "epochs": 3.0} | values
-        return values
+        if not isinstance(values, dict) or values.get("task") != "classify":
+            return values
+        usual: dict[str, Any] = {"max_tokens": 256, "row_tokens": 1024, "batch_tokens": 1024, "epochs": 3.0}
+        if values.get("method") == "head":  # each text is read once, whatever the epochs: more of them cost nothing
+            usual |= {"epochs": 20.0, "patience": 0}
+        return usual | values
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ The upper layers of e5, each weight of them, over what the lower ones made of qu
 stay as they are. It learns from the same questions and passages as the reranker (rerank.py), which is quicker and is
 asked first: every question and what the search puts first for it, in the same two losses.
 
-    make default-reranker                       # rerank.py and this, on all stores but KEPT_OUT; an hour for this one
+    make default-reranker                       # rerank.py and this, on all stores but KEPT_OUT; two hours for this one
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from retrieval.cross_encoder import EPS, FROM_LAYER, MAX_PASSAGE_TOKENS, N_HEADS
 from retrieval.e5_file import E5File, installed_path  # noqa: E402
 from retrieval.encoders import load_moves  # noqa: E402
 
-EPOCHS = 2
+EPOCHS = 4
 BATCH = 16  # questions
 STRANGERS_ASKED = 0.25  # share of the questions of other stores that an epoch asks; they are the easy ones
 N_SHOWN = 4  # candidates a question: what answers it, and of the others the first or, as often, any
@@ -105,11 +105,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    texts = Texts(["middle"])
+    texts = Texts(["middle"], MAX_PASSAGE_TOKENS)
     read_stores(texts, options.stores, BilingualEmbedder(options.threads, rerankers=None), options.cache)
-    rows = texts.passages["middle"]
-    rows[:] = [row[:MAX_PASSAGE_TOKENS] for row in rows]
-    sample = torch.cat(rows[::9]).float()
+    sample = torch.cat(texts.passages["middle"][::9]).float()
     chance = random.Random(0)
     torch.manual_seed(0)
     network, asked = Network(), texts.of("middle")

@@ -147,8 +147,13 @@ class Network(nn.Module):
 class Texts:
     """Questions and passages of stores as token vectors, and what is asked of which."""
 
-    def __init__(self, kinds: Sequence[str] = ("e5", "minilm")) -> None:
-        """`kinds` are the token vectors that are kept: e5's, MiniLM's or, "middle", e5's that are read on together."""
+    def __init__(self, kinds: Sequence[str] = ("e5", "minilm"), longest: int = MAX_PASSAGE_TOKENS) -> None:
+        """
+        Of each passage so many token vectors as `longest` are kept.
+
+        `kinds` are which: e5's, MiniLM's or, "middle", e5's that are read on together.
+        """
+        self.longest = longest
         self.questions: dict[str, Rows] = {kind: [] for kind in kinds}
         self.passages: dict[str, Rows] = {kind: [] for kind in kinds}
         self.asked: list[Asked] = []
@@ -167,7 +172,7 @@ class Texts:
         bodies = [body_of(passage)[:BODY_CHARS] for passage in problem.passages]
         with_wordings = [n for n, passage in enumerate(problem.passages) if passage.questions]
         bare = [body_of(replace(problem.passages[n], questions=()))[:BODY_CHARS] for n in with_wordings]
-        self._read(embedder, bodies + bare, self.passages, MAX_PASSAGE_TOKENS, as_query=False)
+        self._read(embedder, bodies + bare, self.passages, self.longest, as_query=False)
         self.english += [detect_lang(text) == "en" for text in texts]
         self.is_english += [detect_lang(text) == "en" for text in bodies + bare]
         places = list(range(len(bodies) + len(bare)))

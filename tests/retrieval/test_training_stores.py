@@ -36,6 +36,19 @@ def test_every_store_is_in_one_batch() -> None:
     assert len(STORES) == 133
 
 
+def test_forty_stores_have_pages_that_say_again_what_faqs_say_and_more() -> None:
+    paged = 0
+    for store in STORES:
+        pages = {p["pair"] for p in lines(store / "knowledge.jsonl") if "-pg-" in p["pair"]}
+        paged += bool(pages)
+        asked = [set(q["relevant"]) for q in lines(store / "questions.jsonl")]
+        for page in pages:
+            assert sum(page in relevant for relevant in asked) >= 3, page
+            assert any(relevant == {page} for relevant in asked), page  # what no FAQ says
+        assert not pages or any(relevant & pages and relevant - pages for relevant in asked), store.name
+    assert paged == 40
+
+
 @pytest.mark.parametrize("store", STORES, ids=lambda p: p.name)
 class TestStore:
     def test_every_passage_exists_in_both_languages(self, store: Path) -> None:
