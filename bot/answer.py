@@ -83,7 +83,7 @@ class Rules:
     direct_confidence: float | None = None  # None: the store's own for the risk it chose, else DIRECT
     answer_confidence: float | None = None
     near_confidence: float = 0.12  # under a "no": from here on the nearest passages are shown, said to be just that
-    near: float = 0.3  # of the best hit's confidence: what else is shown beside it
+    near: float = 0.2  # of the best hit's confidence: what else is shown beside it
     ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
     n_passages: int = 4
     max_reply_tokens: int = 200
@@ -580,7 +580,7 @@ class Answerer:
         return self.profile.business_hours or {"zh": "工作时间", "en": "business hours"}[language]
 
 
-CLOSE = 0.2  # of the best hit's confidence
+CLOSE = 0.15  # of the best hit's confidence
 
 
 def search_in_context(retriever: Retriever, query: Query, k: int, *, now: datetime, lang: str | None) -> list[Hit]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.confidence import NAMES, SHIPPED, Calibration
+from retrieval.confidence import N_FIRST, NAMES, RIVAL, SHIPPED, Calibration, Features, rivals
 from retrieval.embedder import Embedder, VectorCache
 from retrieval.errors import BadStore, Fault
 from retrieval.evaluate import Question, ask_all, measures
@@ -36,7 +37,6 @@ KEPT_OUT = ("books", "crafts", "fitness", "phones", "wine")  # of STORES: the en
 N_QUESTIONS = 240  # a set, at most; embedding them is what takes the time
 SMALL = 12  # a kept-out store is calibrated on whole, and with one passage in so many
 N_STRANGE = 48  # questions a language that have to do with no store
-N_RANKS = 3  # hits a question that are learned from: lower ones carry a confidence too
 RIDGE = 2e-4  # keeps a weight finite where a feature never varies
 FIXED = {"code": 2.0, "other_lang": -0.5}  # what no public set shows; 2: a named article lifts 0.3 to 0.76
 
@@ -112,12 +112,11 @@ def calibrate(
         rest = [found for name, found in examples.items() if name.split()[0] != problem.name.split()[0]]
         fitted = fit(rest or list(examples.values()))
         retriever.calibration = fitted
-        features, labels, _ = (read if retriever.reads else plain)[problem.name]
         report["sets"][problem.name] = {
             "n_passages": len(problem.passages),
             "n_questions": len(problem.questions),
             **measures(ask_all(retriever, problem.questions, now=datetime.now(UTC))),
-            **_quality(fitted, features, labels),
+            **_quality(fitted, (read if retriever.reads else plain)[problem.name]),
         }
     report |= _rounded(fit(list((taught or plain).values())))
     report["plain"] = _rounded(fit(list(plain.values())))
@@ -128,6 +127,7 @@ def calibrate(
             "sets": sorted(report["sets"]),
             "weights": report["weights"],
             "bias": report["bias"],
+            "rival": report["rival"],
             "plain": report["plain"],
             "means": means,
         }
@@ -138,7 +138,45 @@ def calibrate(
     return report
 
 
-Examples = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]  # features, labels, weights
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Hits of one set: what is known of each and of its rivals, whether it answers, and how much it counts."""
+
+    features: NDArray[np.float64]  # (n, n_features)
+    others: NDArray[np.float64]  # its rivals' (n, N_FIRST - 1, n_features), NaN where there is none
+    labels: NDArray[np.float64]  # (n,), 0 or 1
+    weights: NDArray[np.float64]  # (n,)
+
+    @classmethod
+    def of(cls, asked: Iterable[tuple[Sequence[Features], Sequence[bool]]]) -> Examples:
+        """Return those of questions, each the features of its hits, best first, and which of them answer it."""
+        rows, others, labels, weights = [], [], [], []
+        nothing = (math.nan,) * len(NAMES)
+        for hits, answers in asked:
+            for place, (hit, answer) in enumerate(zip(hits[:N_FIRST], answers, strict=False)):
+                if hit.exact:
+                    continue
+                rows.append(hit.values())
+                theirs = [other.values() for other in rivals(hits, place)]
+                others.append(theirs + [nothing] * (N_FIRST - 1 - len(theirs)))
+                labels.append(float(answer))
+                # The first hit is what goes out as it is; the others matter less.
+                weights.append(1.0 if place == 0 else 0.25)
+        shaped = np.array(others).reshape(len(rows), N_FIRST - 1, len(NAMES))
+        return cls(np.array(rows).reshape(len(rows), len(NAMES)), shaped, np.array(labels), np.array(weights))
+
+    def logits(self, theta: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the logits (n,) for the weights, bias and `rival` and their slopes (n, n_features + 2)."""
+        own = self.features @ theta[:-2] + theta[-2]
+        theirs = np.exp(np.minimum(self.others @ theta[:-2] + theta[-2] + theta[-1], 30.0))
+        theirs = np.where(np.isnan(theirs), 0.0, theirs)
+        whole = 1 + theirs.sum(axis=1)
+        shares = theirs / whole[:, None]  # (n, N_FIRST - 1)
+        slopes = np.empty((len(own), len(theta)))
+        slopes[:, :-2] = self.features - np.einsum("ij,ijk->ik", shares, np.nan_to_num(self.others))
+        slopes[:, -2] = 1 - shares.sum(axis=1)
+        slopes[:, -1] = -shares.sum(axis=1)
+        return own - np.log(whole), slopes
 
 
 def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: float = RIDGE) -> Calibration:
@@ -146,31 +184,38 @@ def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: f
     Return the coefficients that make the labels most likely; every set counts the same, whatever its size.
 
     `ridge` draws the weights to those of `prior`, by default to zero: what the examples do not show stays as it was.
+    What rivals count for is fitted without a prior alone: one store shows too few of them.
     """
-    features = np.concatenate([features for features, _, _ in examples])
-    labels = np.concatenate([labels for _, labels, _ in examples])
-    weights = np.concatenate([weights / weights.sum() for _, _, weights in examples])
-    weights *= len(labels) / weights.sum()
-    design = np.concatenate([features, np.ones((len(features), 1))], axis=1)  # (n, n_features + 1)
-    pull = ridge * np.eye(design.shape[1]) * float(weights.sum())
-    before = np.zeros(design.shape[1])
+    joined = Examples(
+        np.concatenate([one.features for one in examples]),
+        np.concatenate([one.others for one in examples]),
+        np.concatenate([one.labels for one in examples]),
+        np.concatenate([one.weights / one.weights.sum() for one in examples]),
+    )
+    labels, weights = joined.labels, joined.weights * len(joined.labels) / joined.weights.sum()
+    pull = ridge * np.eye(len(NAMES) + 2) * float(weights.sum())
     if prior is None:
-        pull[-1, -1] = 0
+        before = np.array([0.0] * len(NAMES) + [0.0, RIVAL])
+        pull[-2, -2] = 0
     else:
-        before = np.array([prior.weights.get(name, 0.0) for name in NAMES] + [prior.bias])
+        before = np.array([prior.weights.get(name, 0.0) for name in NAMES] + [prior.bias, prior.rival])
+    free = slice(None, None if prior is None else -1)
     theta = before.copy()
 
     def loss(at: NDArray[np.float64]) -> float:
-        logits = design @ at
+        logits, _ = joined.logits(at)
         wrong = float(weights @ (np.logaddexp(0, logits) - labels * logits))
         return wrong + float((at - before) @ pull @ (at - before)) / 2
 
     least = loss(theta)
     for _ in range(50):
-        chance = 1 / (1 + np.exp(-np.clip(design @ theta, -30, 30)))
-        gradient = design.T @ (weights * (chance - labels)) + pull @ (theta - before)
-        curvature = design.T @ (design * (weights * chance * (1 - chance))[:, None]) + pull
-        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(theta)), gradient)
+        logits, slopes = joined.logits(theta)
+        chance = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+        gradient = slopes.T @ (weights * (chance - labels)) + pull @ (theta - before)
+        curvature = slopes.T @ (slopes * (weights * chance * (1 - chance))[:, None]) + pull
+        curvature += 1e-9 * np.eye(len(theta))
+        step = np.zeros(len(theta))
+        step[free] = np.linalg.solve(curvature[free, free], gradient[free])
         # A full step may overshoot where the chances are near 0 and 1 already; halved, it goes down.
         while (found := loss(theta - step)) > least and float(np.abs(step).max()) > 1e-6:
             step /= 2
@@ -179,8 +224,8 @@ def fit(examples: Sequence[Examples], prior: Calibration | None = None, ridge: f
             break
     weights_of = {name: float(value) for name, value in zip(NAMES, theta, strict=False)}
     if prior is None:
-        return Calibration(weights_of | FIXED, float(theta[-1]))
-    return Calibration(weights_of, float(theta[-1]), prior.embedder, prior.means)
+        return Calibration(weights_of | FIXED, float(theta[-2]), rival=float(theta[-1]))
+    return Calibration(weights_of, float(theta[-2]), prior.embedder, prior.means, rival=prior.rival)
 
 
 def _means(sets: Sequence[Sequence[str]], embedder: Embedder, cache: VectorCache) -> dict[str, list[float]]:
@@ -211,28 +256,22 @@ def _retriever(
 
 def _rounded(fitted: Calibration) -> dict[str, Any]:
     weights = {name: round(value, 4) for name, value in fitted.weights.items()}
-    return {"weights": weights, "bias": round(fitted.bias, 4)}
+    return {"weights": weights, "bias": round(fitted.bias, 4), "rival": round(fitted.rival, 4)}
 
 
 def _examples(problem: Problem, retriever: HybridRetriever) -> Examples:
-    rows: list[tuple[float, ...]] = []
-    labels: list[float] = []
-    weights: list[float] = []
     now = datetime.now(UTC)
+    asked = []
     for question in problem.questions:
-        for rank, (passage, features) in enumerate(retriever.rank(question.text, now=now)[:N_RANKS]):
-            if features.exact:
-                continue
-            rows.append(features.values())
-            labels.append(float(passage.id in question.relevant))
-            # The first hit is what goes out as it is; the others matter less.
-            weights.append(1.0 if rank == 0 else 0.25)
-    return np.array(rows), np.array(labels), np.array(weights)
+        ranked = retriever.rank(question.text, now=now)[:N_FIRST]
+        asked.append(([features for _, features in ranked], [one.id in question.relevant for one, _ in ranked]))
+    return Examples.of(asked)
 
 
-def _quality(fitted: Calibration, features: NDArray[np.float64], labels: NDArray[np.float64]) -> dict[str, float]:
-    theta = np.array([fitted.weights[name] for name in NAMES])
-    chance = 1 / (1 + np.exp(-np.clip(features @ theta + fitted.bias, -30, 30)))
+def _quality(fitted: Calibration, examples: Examples) -> dict[str, float]:
+    labels = examples.labels
+    logits, _ = examples.logits(np.array([fitted.weights[name] for name in NAMES] + [fitted.bias, fitted.rival]))
+    chance = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
     error = 0.0
     for low in np.arange(0, 1, 0.1):
         inside = (chance >= low) & (chance < low + 0.1 + 1e-9)

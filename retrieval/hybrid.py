@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.candidates import Across, Candidates, find_candidates
-from retrieval.confidence import NAMES, Calibration, Features, load_calibration
+from retrieval.confidence import N_FIRST, NAMES, Calibration, Features, load_calibration, rivals
 from retrieval.embedder import Embedder, ReadPassage, ReadQuestion, Reads, Vectors
 from retrieval.errors import RetrievalError
 from retrieval.explain import Explanation, HitReasons, LeftOut
@@ -60,7 +60,7 @@ N_READ = 6
 # Of those so many are read closer, by the cross-encoder; its share of their logit. Their translations are not: that
 # bought nothing beside the mean above.
 N_CLOSER = 3
-CLOSER = 0.5
+CLOSER = 0.6
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
@@ -90,6 +90,10 @@ class _Ranked:
     def score(self, number: int) -> float:
         """Return the fused score of a candidate."""
         return float(self.scores[self.place(number)])
+
+    def rivals(self, place: int) -> list[Features]:
+        """Return the features of what the hit at `place` has to beat."""
+        return [self.features[number] for number in rivals(self.order, place)]
 
 
 def _nothing(slots: tuple[Slot, ...] = ()) -> _Ranked:
@@ -264,10 +268,10 @@ class HybridRetriever:
                     hit=hit,
                     parts={name: float(values[ranked.place(number)]) for name, values in ranked.parts.items()},
                     features=dict(zip(NAMES, ranked.features[number].values(), strict=True)),
-                    logit=self.calibration.terms(ranked.features[number]),
+                    logit=self.calibration.terms(ranked.features[number], ranked.rivals(place)),
                     words=self._shared(number, asked),
                 )
-                for hit, number in zip(hits, ranked.order, strict=False)
+                for place, (hit, number) in enumerate(zip(hits, ranked.order, strict=False))
             ),
             left_out=tuple(left_out),
         )
@@ -282,7 +286,10 @@ class HybridRetriever:
     ) -> LeftOut:
         passage = self.index.passages[number]
         features = everything.features.get(number)
-        confidence = None if features is None else round(self.calibration.confidence(features), 4)
+        confidence = None
+        if features is not None:
+            others = everything.rivals(everything.order.index(number))
+            confidence = round(self.calibration.confidence(features, others), 4)
         if number in ranked.folded:
             return LeftOut(passage, score, None, "translation", self.index.passages[ranked.folded[number]].id)
         if valid:
@@ -339,17 +346,18 @@ class HybridRetriever:
         self, query: str, k: int, allowed: NDArray[np.bool_], lang: str | None, kinds: Collection[str] | None
     ) -> list[Hit]:
         k = max(k, 0)
-        return self._top(self._rank(query, self._mask(allowed, kinds), lang or detect_lang(query), n=k), k)
+        n = max(k, N_FIRST)  # rivals are known even where they are not asked for
+        return self._top(self._rank(query, self._mask(allowed, kinds), lang or detect_lang(query), n=n), k)
 
     def _top(self, ranked: _Ranked, k: int) -> list[Hit]:
         return [
             Hit(
                 passage=self.index.passages[number],
                 score=round(ranked.score(number), 6),
-                confidence=round(self.calibration.confidence(ranked.features[number]), 4),
+                confidence=round(self.calibration.confidence(ranked.features[number], ranked.rivals(place)), 4),
                 wording=ranked.wording[number],
             )
-            for number in ranked.order[: max(k, 0)]
+            for place, number in enumerate(ranked.order[: max(k, 0)])
         ]
 
     def _rank(

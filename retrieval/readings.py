@@ -21,7 +21,7 @@ from retrieval.errors import IndexDamaged
 from retrieval.passages import Passage
 
 MAX_PASSAGES = 20_000
-MAX_CLOSER = 5_000  # 150 MB of them
+MAX_CLOSER = 5_000  # 150 MB of them, twice that of long ones
 LEAST_SHARE = 0.5  # of a store's passages that say more than their wordings; there is nothing to read in the others
 TOKENS_FILE, FIRST_FILE = "read.npy", "read-first.npy"
 FILES = (TOKENS_FILE, FIRST_FILE)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.calibrate import Examples, fit
-from retrieval.confidence import Calibration, Features, load_calibration
+from retrieval.confidence import N_FIRST, Calibration, Features, load_calibration, rivals
 from retrieval.embedder import Embedder, Progress, VectorCache
 from retrieval.errors import BadStore, Fault
 from retrieval.evaluate import Outcome, Question, measures, risk_curve
@@ -41,7 +41,6 @@ WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tried; the best on the questions learned 
 LEFT_OUT = 0.15  # share of the passages with questions that are taken away to see what "no answer" looks like
 SURE = 0.05  # chance at which as many wins would come by luck, at most
 PRIOR = 2e-3  # how strongly the shipped confidence holds where the store's questions say little
-N_RANKS = 3
 RISKS = (0.005, 0.01, 0.02, 0.05, 0.1)
 MISSED = 0.02  # answerable questions that may fall under the "answer" threshold
 
@@ -241,7 +240,7 @@ class Bench:
         wanted = self.keys_of(question)
         ranked = self.rank(retriever, question.text)
         rank = next((n for n, (passage, _) in enumerate(ranked[:10], 1) if twin_key(passage) in wanted), None)
-        return Outcome(rank, True, retriever.calibration.confidence(ranked[0][1]) if ranked else 0.0, 0.0)
+        return Outcome(rank, True, _first(retriever.calibration, ranked), 0.0)
 
     def best_weight(self, learned: Learned, examples: Sequence[Example]) -> float:
         """Return the weight that puts most examples' passages first, each scored by all others; of equals the least."""
@@ -279,27 +278,27 @@ class Bench:
         )
         asked += [("", self.rank(poorer, example.text)) for example in examples if example.key in gone]
         asked += [("", self.rank(retriever, q.text)) for q in self.questions if not q.relevant]
-        rows: list[tuple[float, ...]] = []
-        labels: list[float] = []
-        weights: list[float] = []
-        for key, ranked in asked:
-            for rank, (passage, features) in enumerate(ranked[:N_RANKS]):
-                if not features.exact:
-                    rows.append(features.values())
-                    labels.append(float(twin_key(passage) == key))
-                    weights.append(1.0 if rank == 0 else 0.25)
-        known: Examples = (np.array(rows), np.array(labels), np.array(weights))
+        known = Examples.of(
+            ([features for _, features in ranked], [twin_key(passage) == key for passage, _ in ranked])
+            for key, ranked in asked
+        )
         fitted = fit([known], self.plain.calibration, PRIOR)
         outcomes = [
             Outcome(
                 rank=1 if ranked and twin_key(ranked[0][0]) == key else None,
                 answerable=key != "",
-                confidence=fitted.confidence(ranked[0][1]) if ranked else 0.0,
+                confidence=_first(fitted, ranked),
                 ms=0.0,
             )
             for key, ranked in asked
         ]
         return fitted, risk_curve(outcomes, RISKS), {} if risk is None else _thresholds(outcomes, risk)
+
+
+def _first(fitted: Calibration, ranked: Sequence[tuple[Passage, Features]]) -> float:
+    """Return the confidence of the first hit, 0 where there is none."""
+    hits = [features for _, features in ranked[:N_FIRST]]
+    return fitted.confidence(hits[0], rivals(hits, 0)) if hits else 0.0
 
 
 def _thresholds(outcomes: Sequence[Outcome], risk: float) -> dict[str, float]:

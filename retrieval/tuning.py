@@ -59,7 +59,7 @@ class Tuning:
         """Return the confidence fitted on this store, with the shipped means; `shipped` where none was fitted."""
         if not self.weights:
             return shipped
-        return Calibration(self.weights, self.bias, shipped.embedder, shipped.means)
+        return Calibration(self.weights, self.bias, shipped.embedder, shipped.means, rival=shipped.rival)
 
     def fit(self, index: Index, embedder: Embedder, cache: VectorCache) -> Learned | None:
         """

@@ -159,7 +159,16 @@ def test_a_run_goes_on_from_an_adapter(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    shape = ["--rank", "8", "--alpha", "12", "--set", 'targets=["q_proj","v_proj","down_proj"]', "--set", "from_layer=1"]
+    shape = [
+        "--rank",
+        "8",
+        "--alpha",
+        "12",
+        "--set",
+        'targets=["q_proj","v_proj","down_proj"]',
+        "--set",
+        "from_layer=1",
+    ]
     assert main([*arguments(base, data, first, lr="2e-2"), *shape, "--max-steps", "20"]) == 0
     more = ["--max-steps", "4", "--start-from", str(first / "result")]
     assert main([*arguments(base, data, second, lr="1e-9"), *more]) == 0
@@ -170,7 +179,11 @@ def test_a_run_goes_on_from_an_adapter(
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     head = json.loads((second / "run.json").read_text())
     assert head["config"]["start_from"] == str(first / "result")
-    assert (head["config"]["rank"], head["config"]["alpha"], head["config"]["from_layer"]) == (8, 12, 1)  # the adapter's
+    assert (head["config"]["rank"], head["config"]["alpha"], head["config"]["from_layer"]) == (
+        8,
+        12,
+        1,
+    )  # the adapter's
     assert len(head["start_from_sha256"]) == 64
     capsys.readouterr()
     for extra, says in (

@@ -30,7 +30,7 @@ ENCODERS = load_moves()[1]
 TEXTS = [
     "We are open every day but Sunday.",
     "我们每天营业，周日休息。",
-    "Sofas and wardrobes come by our own van within ten days. " * 9,
+    "Sofas and wardrobes come by our own van within ten days. " * 14,
     "退",
     "",
 ]
