@@ -598,7 +598,7 @@ def search_in_context(retriever: Retriever, query: Query, k: int, *, now: dateti
     alone, *joined = ({hit.passage.id: hit.confidence for hit in hits} for hits in found)
     share = _FOLLOWING * query.follows
     # Confidences of two questions in one string come out low, hence the factor.
-    factor = 1 + 0.5 * query.follows
+    factor = 1 + 0.8 * query.follows
     passages = {hit.passage.id: hit for hits in found for hit in hits}
     mixed: dict[str, float] = {}
     for id_, hit in passages.items():

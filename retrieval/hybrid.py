@@ -60,7 +60,7 @@ N_READ = 6
 # Of those so many are read closer, by the cross-encoder; its share of their logit. Their translations are not: that
 # bought nothing beside the mean above.
 N_CLOSER = 3
-CLOSER = 0.6
+CLOSER = 0.5
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
