@@ -29,6 +29,11 @@ _COURTEOUS_START = re.compile(
     r"你好|您好|亲|在吗|请问|麻烦问一下|问一下|想问一?下|想咨询一?下|咨询一?下|谢谢|好的|嗯|哦|那个)[\s,，.。!！~、:：]*)+",
     re.IGNORECASE,
 )
+# Whose contact details a clause gives says nothing of what is asked, and much that no passage says.
+_CONTACT = re.compile(
+    r"\[(?:NAME|PHONE|EMAIL|ADDRESS)_\d+\]|(?<!\d)(?:\+?86[-\s]?)?1[3-9]\d{9}(?!\d)|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+)
+_CLAUSE_END = re.compile(r"(?<=[，。！；])|(?<=[,.!;])\s+")
 _JOINED_EN = re.compile(
     r",?\s+(?:and|also|plus)\s+(?=(?:how|what|when|where|which|who|why|can|could|do|does|is|are|will)\b)", re.IGNORECASE
 )
@@ -259,7 +264,7 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
         history: the turns before this message, oldest first.
         earlier: the questions before this one in the same message.
     """
-    bare = _COURTEOUS_START.sub("", question).strip() or question.strip()
+    bare = _without_contact(_COURTEOUS_START.sub("", question).strip() or question.strip())
     previous = earlier[-1] if earlier else _last_question(history)
     if previous is None:
         return Query(bare, bare)
@@ -278,6 +283,14 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
             return Query(bare, swapped, words, follows, swapped)
     whole = f"{previous} {rest or bare}"
     return Query(bare, whole, words, follows, whole)
+
+
+def _without_contact(question: str) -> str:
+    """Return `question` without the clauses that only say how somebody is reached; as it is where nothing is left."""
+    clauses = _CLAUSE_END.split(question)
+    kept = [clause for clause in clauses if not _CONTACT.search(clause) or re.search("[?？]", clause)]
+    left = re.sub(r"(?<=[，。！；])\s+", "", " ".join(kept)).strip() if len(kept) < len(clauses) else ""
+    return left if _ASKS.search(left) else question
 
 
 def is_elliptical(question: str) -> bool:

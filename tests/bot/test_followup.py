@@ -52,6 +52,21 @@ def test_a_follow_up_of_a_follow_up_keeps_the_subject() -> None:
     assert "运费" in complete("那新疆呢", history).standalone
 
 
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ("I am [NAME_1], call [PHONE_1]. How much is delivery?", "How much is delivery?"),
+        ("my mail is ann@mail.example. when do you open?", "when do you open?"),
+        ("我是李雷，电话13812345678，运费多少？", "我是李雷，运费多少？"),
+        ("is 13812345678 your number?", "is 13812345678 your number?"),
+        ("13812345678", "13812345678"),
+        ("what does ¥3.50 buy, and is it 2.5 kg?", "what does ¥3.50 buy, and is it 2.5 kg?"),
+    ],
+)
+def test_how_somebody_is_reached_is_not_searched_for(said: str, asked: str) -> None:
+    assert complete(said, []).text == asked
+
+
 def test_nothing_is_completed_without_a_history() -> None:
     assert not complete("and to Germany?", []).elliptical
     assert complete("how heavy is it", []).follows == 0
