@@ -23,7 +23,7 @@ from retrieval.graph import FLOAT, Graph
 SHIPPED = Path(__file__).with_name("cross_encoder.safetensors")
 FROM_LAYER = 8  # of the encoder's 12: those before read question and passage apart
 MAX_QUERY_TOKENS = 48  # as in the training, the prefix and the ends among them; what comes after has no part
-MAX_PASSAGE_TOKENS = 160  # nine of ten sections of a policy are shorter; one read costs as much as its tokens
+MAX_PASSAGE_TOKENS = 160  # a section of a policy has 80 to 190; one read costs as much as its tokens
 N_HEADS = 12
 EPS = 1e-12  # of multilingual-e5-small
 MAX_WEIGHT = 63  # of 8 bits: without VNNI a processor adds two products in 16, which 127 · 255 twice would overflow

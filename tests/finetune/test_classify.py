@@ -150,6 +150,13 @@ def test_a_frozen_trunk_gives_the_same_result_as_one_read_anew_each_time(
         torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
+def test_a_head_is_trained_to_the_end_unless_told_otherwise(tmp_path: Path) -> None:
+    usual = RunConfig(data=tmp_path, task="classify", method="head")
+    assert (usual.epochs, usual.patience) == (20, 0)
+    assert RunConfig(data=tmp_path, task="classify", method="head", patience=3).patience == 3
+    assert RunConfig(data=tmp_path, task="classify", method="lora").patience == 3
+
+
 @pytest.mark.parametrize("method", ["lora", "head"])
 def test_a_classifiers_rerun_and_its_resumed_run_end_with_the_same_bits(
     base: Path, data: Path, tmp_path: Path, method: str
