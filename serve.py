@@ -133,6 +133,9 @@ class LateRetriever:
     def thresholds(self) -> Mapping[str, float]:
         return self._live.thresholds if self._live is not None else {}
 
+    def gist(self, message: str, *, now: datetime) -> str:
+        return self._ready().gist(message, now=now)
+
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def searches(passages: dict[str, Passage], retriever: HybridRetriever) -> dict[s
             Turn(question, passages[answer].text, (answer,))
             for question, answer in zip(dialogue.turns, dialogue.answered, strict=False)
         ]
-        query: Query = complete(dialogue.turns[-1], turns)
+        gist = partial(retriever.gist, now=NOW)
+        query: Query = complete(gist(dialogue.turns[-1]), turns, gist=gist)
         query = replace(query, topic=passages[dialogue.answered[-1]].title)
         return search_in_context(retriever, query, 4, now=NOW, lang=dialogue.lang)
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -48,6 +49,10 @@ class Retriever(Protocol):
     @property
     def thresholds(self) -> Mapping[str, float]:
         """What the store was tuned to: "direct" and "answer" confidence; empty where it was not."""
+        ...
+
+    def gist(self, message: str, *, now: datetime) -> str:
+        """The part of a message that is a question and not talk around it."""
         ...
 
     def search(
@@ -271,25 +276,27 @@ class Answerer:
         self, message: str, history: tuple[Turn, ...], language: Language, now: datetime, can_generate: bool
     ) -> list[Part]:
         """Return what to do, one part for each question of the message that needs its own."""
+        gist = partial(self.retriever.gist, now=now)
+        message = gist(message)
         questions = split_questions(message)
         if len(questions) == 1 and (halves := split_at_comma(message)):
             # A comma joins two questions less often than it does not: only where both halves have a sure answer.
             two = [
-                self._decide_one(complete(q, history, halves[:n]), language, now, can_generate)
+                self._decide_one(complete(q, history, halves[:n], gist), language, now, can_generate)
                 for n, q in enumerate(halves)
             ]
             if all(part.how == "quote" for part in two) and two[0].text != two[1].text:
-                whole = self._decide_one(complete(message, history), language, now, can_generate)
+                whole = self._decide_one(complete(message, history, gist=gist), language, now, can_generate)
                 return two if min(map(_confidence, two)) >= _confidence(whole) - 0.1 else [whole]
         parts: list[Part] = []
         for n, question in enumerate(questions):
-            query = complete(question, history, questions[:n])
+            query = complete(question, history, questions[:n], gist)
             if n == 0 and history:
                 query = replace(query, topic=self._topic(history[-1], language))
             parts.append(self._decide_one(query, language, now, can_generate))
         if len(parts) > 1:
             # A message whose parts say nothing by themselves may do so as a whole.
-            whole = self._decide_one(complete(message, history), language, now, can_generate)
+            whole = self._decide_one(complete(message, history, gist=gist), language, now, can_generate)
             if all(part.how == "none" for part in parts) or _confidence(whole) > max(map(_confidence, parts)) + 0.25:
                 return [whole]
             # The same passage twice is one answer.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bot.guard.facts import normalise
@@ -255,7 +255,9 @@ def split_at_comma(text: str) -> list[str]:
     return []
 
 
-def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()) -> Query:
+def complete(
+    question: str, history: Sequence[Turn], earlier: Sequence[str] = (), gist: Callable[[str], str] = str
+) -> Query:
     """
     Return `question` with what it refers to.
 
@@ -263,9 +265,10 @@ def complete(question: str, history: Sequence[Turn], earlier: Sequence[str] = ()
         question: one question, see `split_questions`.
         history: the turns before this message, oldest first.
         earlier: the questions before this one in the same message.
+        gist: a message -> the question in it, without the talk around it; asked of messages of `history` alone.
     """
     bare = _without_contact(_COURTEOUS_START.sub("", question).strip() or question.strip())
-    previous = earlier[-1] if earlier else _last_question(history)
+    previous = earlier[-1] if earlier else _last_question(history, gist)
     if previous is None:
         return Query(bare, bare)
     follows = chance_of_following(bare)
@@ -333,11 +336,11 @@ def _weight(words: Sequence[str]) -> float:
     return n_latin + (len(words) - n_latin) / 2
 
 
-def _last_question(history: Sequence[Turn]) -> str | None:
+def _last_question(history: Sequence[Turn], gist: Callable[[str], str]) -> str | None:
     """Return the last question that stands alone, with the follow-ups after it left out but the nearest one."""
     trail: list[str] = []
     for turn in reversed(history[-4:]):
-        question = _COURTEOUS_START.sub("", turn.question).strip()
+        question = _COURTEOUS_START.sub("", gist(turn.question)).strip()
         if not question:
             continue
         trail.append(question)

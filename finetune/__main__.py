@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -328,7 +329,9 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
     now = datetime.now(UTC)
 
     def search(question: str, history: Any, language: Any, at: datetime | None, k: int) -> list[Any]:
-        query = complete(question, tuple(Turn(q, a) for q, a in history))
+        turns = tuple(Turn(q, a) for q, a in history)
+        gist = partial(retriever.gist, now=at or now)
+        query = complete(gist(question), turns, gist=gist)
         return [hit.passage for hit in search_in_context(retriever, query, k, now=at or now, lang=language)]
 
     titles = sorted({p.title for p in retriever.current("promotion", now=now)})

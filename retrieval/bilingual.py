@@ -22,6 +22,7 @@ from retrieval.cross_encoder import load_cross_encoder
 from retrieval.e5 import E5
 from retrieval.embedder import Embedder, ReadPassage, ReadQuestion, Vectors
 from retrieval.encoders import Matrix, load_moves
+from retrieval.gist import gist_of, load_gist
 from retrieval.minilm import MiniLM
 from retrieval.reranker import SHIPPED, load_rerankers
 from retrieval.words import detect_lang
@@ -55,6 +56,7 @@ class BilingualEmbedder:
             self._read_together, reading_together = load_cross_encoder(tuning, cross_encoder)
             self.version += f"-{reading}-{reading_together}"
             self._read_both, self._read_english = found["e5"], found["minilm"]
+            self._gist = load_gist(tuning)
             self.width = self._read_both.width
 
     def embed_queries(self, texts: Sequence[str]) -> Vectors:
@@ -111,6 +113,10 @@ class BilingualEmbedder:
         if beside is not None:
             found[1::2] = beside.result()
         return found
+
+    def gist(self, text: str, question: ReadQuestion) -> str:
+        tokens, places = self._both.own(question[2]), self._both.places(text)
+        return gist_of(text, places, self._gist.logits(tokens))
 
     def hidden(self, texts: Sequence[str], *, as_query: bool) -> tuple[Vectors, list[tuple[Matrix, Matrix, Matrix]]]:
         """

@@ -70,6 +70,14 @@ class E5:
 
         return self._embed(texts, prefix, keep), read, middles
 
+    def places(self, text: str) -> list[int]:
+        """Return where in `text`, which begins with no space, each of its tokens begins, in characters."""
+        return self._vocabulary.places(text)[: self._window + 1 - self._n_before[QUERY]]
+
+    def own(self, middle: Vectors) -> Vectors:
+        """Return of a question's token vectors after layer FROM_LAYER those of its own text (n, 384)."""
+        return middle[self._n_before[QUERY] : -1]
+
     def _embed(
         self, texts: Sequence[str], prefix: str, each: Callable[[int, Vectors, Vectors], None] | None = None
     ) -> Vectors:

@@ -60,6 +60,7 @@ class Explanation:
     """A search and all its reasons."""
 
     query: str
+    gist: str  # what of it was searched for: the question without the talk around it
     lang: str
     read_as: tuple[Slot, ...]
     gloss: str  # the query in the other language, term by term; "" where that was not asked
@@ -98,6 +99,7 @@ def dump_explanation(found: Explanation, thresholds: Thresholds) -> dict[str, An
     top = found.hits[0].hit.confidence if found.hits else 0.0
     return {
         "query": found.query,
+        "gist": found.gist,
         "lang": found.lang,
         "thresholds": {"direct": thresholds.direct, "answer": thresholds.answer, "near": thresholds.near},
         "verdict": thresholds.verdict(top),
@@ -140,6 +142,8 @@ def dump_why(why: HitReasons, thresholds: Thresholds) -> dict[str, Any]:
 def explanation_text(found: Explanation, thresholds: Thresholds) -> str:
     """Return the page: the question as read, the cut-off, every hit with its parts, and what was left out."""
     lines = [f"Question ({found.lang or 'language unknown'}): {found.query}"]
+    if found.gist != found.query:
+        lines.append(f"  searched for: {found.gist}")
     for slot in found.read_as:
         names = {
             "term": "the store's term",

@@ -31,7 +31,7 @@ from retrieval.passages import Hit, Passage, is_valid, last_valid_end, next_vali
 from retrieval.recurrence import Recurrence
 from retrieval.spelling import Reader, as_heard
 from retrieval.terms import Slot, Terms
-from retrieval.words import bare_code, detect_lang, named_codes, weight, words
+from retrieval.words import bare_code, detect_lang, named_codes, quietly, weight, words
 
 # The fused score is their weighted mean: centred cosines, and the share of the query's words (docs/experiments.md).
 # Fitted on a store of examples/training with encoders tuned on the other four: recall@1 0.58 -> 0.64 there.
@@ -61,6 +61,7 @@ N_READ = 6
 # bought nothing beside the mean above.
 N_CLOSER = 3
 CLOSER = 0.5
+DOUBT = 0.3  # a message is searched whole where that is surer than the question in it by more than this
 EXACT = 2.0  # the query is a wording of a FAQ: nothing may stand before it
 CODE = 1.0  # the query names an article or a coupon
 N_TAUGHT = 16  # keys whose passages become candidates because the store's tuning says so
@@ -125,7 +126,8 @@ class HybridRetriever:
             raise RetrievalError(f"index of {index.embedder_version!r}, embedder {embedder.version!r}; rebuild it")
         self.index = index
         self.embedder = embedder
-        self._reader = embedder if reads and index.readings and isinstance(embedder, Reads) else None
+        self._listener = embedder if reads and isinstance(embedder, Reads) else None
+        self._reader = self._listener if index.readings else None
         self._reads_closer = index.readings is not None and index.readings.are_closer
         given = calibration or load_calibration()
         self.calibration = given if self._reader else given.plain
@@ -170,6 +172,18 @@ class HybridRetriever:
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._read: OrderedDict[str, ReadQuestion] = OrderedDict()
         self._lock = threading.Lock()
+
+    def gist(self, message: str, *, now: datetime) -> str:
+        """
+        Return the part of `message` that is its question and not talk around it ("hi, I'm Emily"), as it is searched.
+
+        Whole is left what the store knows as a wording, and what finds more whole: there the talk was none.
+
+        Raises:
+            RetrievalError: the embedder failed.
+        """
+        message = _cut(message)
+        return self._heard(message, self._valid(now), detect_lang(message), N_FIRST)[0] if message else ""
 
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
@@ -225,6 +239,7 @@ class HybridRetriever:
 
         `lessons`, (len(learned.keys),), take the place of `learned.scores`: for a question that was learned from.
         """
+        query = _cut(query)
         ranked = self._rank(query, self._mask(self._valid(now), kinds), lang or detect_lang(query), lessons)
         return [(self.index.passages[number], ranked.features[number]) for number in ranked.order]
 
@@ -239,7 +254,8 @@ class HybridRetriever:
         """
         valid, spoken = self._valid(now), lang or detect_lang(query)
         allowed = self._mask(valid, kinds)
-        ranked = self._rank(query, allowed, spoken)
+        whole = _cut(query)
+        query, ranked = self._heard(whole, allowed, spoken)
         hits = self._top(ranked, k)
         everything = self._rank(query, np.ones_like(valid), spoken)
         floor = hits[-1].score if hits and len(hits) == k else -np.inf
@@ -249,12 +265,12 @@ class HybridRetriever:
             if number in ranked.features or score < floor or len(left_out) == N_LEFT_OUT:
                 continue
             left_out.append(self._left_out(number, round(score, 6), everything, ranked, now, bool(valid[number])))
-        query = query.strip()[:MAX_QUERY_CHARS]
         asked = [self.index.lexical.query(query, ranked.slots)]
         if ranked.across is not None:
             asked.append(self.index.lexical.query(ranked.across.gloss.apart, ranked.across.gloss.slots))
         return Explanation(
-            query=query,
+            query=whole,
+            gist=query,
             lang=spoken,
             read_as=ranked.slots,
             gloss=ranked.across.gloss.apart if ranked.across else "",
@@ -347,7 +363,19 @@ class HybridRetriever:
     ) -> list[Hit]:
         k = max(k, 0)
         n = max(k, N_FIRST)  # rivals are known even where they are not asked for
-        return self._top(self._rank(query, self._mask(allowed, kinds), lang or detect_lang(query), n=n), k)
+        query = _cut(query)
+        return self._top(self._heard(query, self._mask(allowed, kinds), lang or detect_lang(query), n)[1], k)
+
+    def _heard(self, message: str, allowed: NDArray[np.bool_], lang: str, n: int | None = None) -> tuple[str, _Ranked]:
+        """Return the question in `message`, as `gist` says, and the candidates for it; see `_rank`."""
+        core = self._core(message) if message else ""
+        ranked = self._rank(core, allowed, lang, n=n)
+        if core == message:
+            return core, ranked
+        # "Can't log in, forgot my password": where more is found for the whole, what was cut off was no talk.
+        whole = self._rank(message, allowed, lang, n=n)
+        (sure, surer) = ([hit.confidence for hit in self._top(found, 1)] or [0.0] for found in (ranked, whole))
+        return (message, whole) if surer[0] > sure[0] + DOUBT else (core, ranked)
 
     def _top(self, ranked: _Ranked, k: int) -> list[Hit]:
         return [
@@ -368,8 +396,11 @@ class HybridRetriever:
         lessons: NDArray[np.float32] | None = None,
         n: int | None = None,
     ) -> _Ranked:
-        """Rank all candidates; with `n`, features and wordings are there for the first `n` of them only."""
-        query = query.strip()[:MAX_QUERY_CHARS]
+        """
+        Rank all candidates for `query`, as `_cut` returned it.
+
+        With `n`, features and wordings are there for the first `n` of them only.
+        """
         if not query or not allowed.any():
             return _nothing()
         index = self.index
@@ -590,6 +621,17 @@ class HybridRetriever:
         assert self.index.readings is not None
         return [self.index.readings.of(number) for number in numbers.tolist()]
 
+    def _core(self, message: str) -> str:
+        """Return `message` without what its words alone say is talk around the question; whole where nothing is."""
+        if self._listener is None or self.index.worded(message):
+            return message
+        said = quietly(message)
+        core = self._listener.gist(said, self._reading(message))
+        if named_codes(core) != named_codes(said):
+            return message
+        begin = said.find(core)
+        return message[begin : begin + len(core)]
+
     def _reading(self, query: str) -> ReadQuestion:
         """Return what a reranker reads of `query`."""
         with self._lock:
@@ -625,16 +667,20 @@ class HybridRetriever:
         """Return the vector (dim,) of `query` and what a reranker reads of it, nothing where there is none."""
         read: ReadQuestion = ()
         vectors: Vectors
-        if self._reader is None:
-            vectors = self.embedder.embed_queries([query])
+        if self._listener is None:
+            vectors = self.embedder.embed_queries([quietly(query)])
         else:
-            vectors, (read,) = self._reader.read_queries([query])
+            vectors, (read,) = self._listener.read_queries([quietly(query)])
         with self._lock:
             self._vectors[query], self._read[query] = vectors[0], read
             for cache in (self._vectors, self._read):
                 while len(cache) > QUERY_CACHE:
                     cache.popitem(last=False)
         return vectors[0], read
+
+
+def _cut(query: str) -> str:
+    return query.strip()[:MAX_QUERY_CHARS]
 
 
 def _seconds(moment: datetime | None, otherwise: float) -> float:

@@ -47,6 +47,8 @@ class Retriever(Protocol):
     @property
     def version(self) -> str: ...
 
+    def gist(self, message: str, *, now: datetime) -> str: ...
+
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
     ) -> list[Hit]: ...
@@ -150,6 +152,10 @@ class LiveRetriever:
     def zone(self) -> tzinfo:
         """The store's time zone."""
         return self._zone or load_zone(self.store_dir)
+
+    def gist(self, message: str, *, now: datetime) -> str:
+        """See `HybridRetriever.gist`."""
+        return self._serving.gist(message, now=now)
 
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None

@@ -65,7 +65,19 @@ class Unigram:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of the pieces of `text`, in order; a character that no piece holds is the unknown one."""
-        plain = self.plain(text).replace(" ", SPACE)
+        return [piece for piece, _ in self._cut(self.plain(text))]
+
+    def places(self, text: str) -> list[int]:
+        """Return where in `text` each of its pieces begins, in characters; a space belongs to the piece after it."""
+        origins = [n for n, character in enumerate(text) for _ in character.translate(self._characters)]
+        read = text.translate(self._characters)
+        # As `plain` does, the first of several spaces stays.
+        origins = [at for n, at in enumerate(origins) if read[n] != " " or n == 0 or read[n - 1] != " "]
+        return [origins[begin] if begin < len(origins) else len(text) for _, begin in self._cut(self.plain(text))]
+
+    def _cut(self, plain: str) -> list[tuple[int, int]]:
+        """Return of each piece of `plain` its id and where it begins there; the space put before it has no place."""
+        plain = plain.replace(" ", SPACE)
         points = _points(plain if plain.startswith(SPACE) else SPACE + plain)
         n = len(points)
         # best[i]: the highest log probability of the first i characters; its last piece is came[i], from came_at[i] on.
@@ -79,12 +91,13 @@ class Unigram:
                     best[i + length], came[i + length], came_at[i + length] = so_far + score, piece, i
             if so_far + self._unknown_score > best[i + 1]:
                 best[i + 1], came[i + 1], came_at[i + 1] = so_far + self._unknown_score, self._unknown, i
-        ids: list[int] = []
+        shift = n - len(plain)
+        cut: list[tuple[int, int]] = []
         at = n
         while at > 0:
-            ids.append(came[at])
+            cut.append((came[at], max(0, came_at[at] - shift)))
             at = came_at[at]
-        return ids[::-1]
+        return cut[::-1]
 
     def plain(self, text: str) -> str:
         """Return `text` with its characters as they are read, and one space for several."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 _TRADITIONAL, _SIMPLIFIED = (Path(__file__).parent / "traditional.txt").read_text("utf-8").splitlines()
 _TO_SIMPLIFIED = str.maketrans(_TRADITIONAL, _SIMPLIFIED)
+_TO_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _RUN = re.compile(rf"[{_CJK}]+|[^\W{_CJK}_]+(?:[-_'.’/][^\W{_CJK}_]+)*")
@@ -54,6 +56,12 @@ def fold(text: str) -> str:
 def squash(text: str) -> str:
     """Return `text` folded, without spaces and punctuation: wordings of one squash are the same question."""
     return "".join(character for character in fold(text) if character.isalnum())
+
+
+def quietly(text: str) -> str:
+    """Return `text`, of the same length, in lower case where all its words are in capitals and there are several."""
+    runs = re.findall("[A-Za-z]{2,}", text)
+    return text.translate(_TO_LOWER) if len(runs) > 2 and all(map(str.isupper, runs)) else text
 
 
 def words(text: str) -> list[str]:

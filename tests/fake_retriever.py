@@ -17,11 +17,17 @@ class FakeRetriever:
     thresholds: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
-        self, passages: Sequence[Passage], answers: Mapping[str, Sequence[tuple[str, float]]], *, broken: bool = False
+        self,
+        passages: Sequence[Passage],
+        answers: Mapping[str, Sequence[tuple[str, float]]],
+        *,
+        broken: bool = False,
+        gists: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.passages = {p.id: p for p in passages}
         self.answers = dict(answers)
         self.broken = broken
+        self.gists = gists
         self.queries: list[str] = []
 
     def _hits(self, query: str) -> list[Hit]:
@@ -33,6 +39,9 @@ class FakeRetriever:
             if all(word in query.lower() for word in key.split("+")):
                 return [Hit(self.passages[i], c, c) for i, c in self.answers[key]]
         return []
+
+    def gist(self, message: str, *, now: datetime) -> str:
+        return self.gists.get(message, message)
 
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None

@@ -109,6 +109,23 @@ async def test_a_sure_answer_goes_out_word_for_word_without_the_engine() -> None
     assert bot.engine.prompts == []  # type: ignore[attr-defined]
 
 
+async def test_talk_around_a_question_is_neither_searched_for_nor_answered() -> None:
+    said = "Emily here. I'd like to know if you can help. How much is shipping? Write as soon as you can!"
+    retriever = FakeRetriever(PASSAGES, ANSWERS, gists={said: "How much is shipping?"})
+    reply, _ = await ask(answerer("never used", retriever=retriever), said)
+    assert (reply.outcome, reply.text) == ("direct", "Delivery costs ¥8, free from ¥99.")
+    assert set(retriever.queries) == {"How much is shipping?"}
+
+
+async def test_what_goes_on_from_a_message_goes_on_from_its_question() -> None:
+    before = "Tom again, sorry to be a pest. How much is shipping?"
+    retriever = FakeRetriever(PASSAGES, ANSWERS, gists={before: "How much is shipping?"})
+    history = [Turn(before, "Delivery costs ¥8, free from ¥99.", ("ship-en",))]
+    await ask(answerer("never used", retriever=retriever), "and for bulky items?", history)
+    assert any("How much is shipping" in query and "bulky" in query for query in retriever.queries)
+    assert not any("pest" in query for query in retriever.queries)
+
+
 async def test_the_reply_is_in_the_language_of_the_question() -> None:
     assert (await ask(answerer(), "运费多少"))[0].text == "运费¥8，满¥99包邮。"
     assert (await ask(answerer(), "what is the shipping fee"))[0].language == "en"

@@ -202,6 +202,9 @@ def test_cache_keeps_what_was_read(model: BilingualEmbedder, tmp_path: Path) -> 
         def closer(self, question: Any, passages: Any) -> Any:
             raise NotImplementedError
 
+        def gist(self, text: str, question: Any) -> str:
+            raise NotImplementedError
+
         def read_passages(self, texts: Sequence[str]) -> tuple[Any, list[ReadPassage]]:
             self.n += len(texts)
             return model.read_passages(texts)

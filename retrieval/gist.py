@@ -1,0 +1,133 @@
+"""
+Which part of a message is its question: the talk around it ("hi, I'm Emily", "在线等") is not searched for.
+
+A visitor says who they are, how they came here and that it is urgent. No passage says any of that, so each such word
+takes from a vector, from the share of words found and from how sure a hit looks (docs/experiments.md). A small network
+reads each token's vector, as the encoder made it halfway anyway, and says how surely it is part of the question with
+all its circumstances; kept is the stretch of text where the sum of that is highest. The weights are `gist.safetensors`,
+made by examples/training/gist.py. Knows arrays and one text; knows neither models nor passages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from retrieval.encoders import Matrix, load_by_encoder
+from retrieval.errors import RetrievalError
+
+SHIPPED = Path(__file__).with_name("gist.safetensors")
+KEEP = 0.5  # added to each token's logit: losing a word of the question costs more than keeping one of the talk
+# What a cut has to win: at a space or a punctuation mark, and between two characters.
+CUT, CUT_WITHIN = 2.0, 5.0
+EPS = 1e-5
+_AROUND = " \t\r\n,，.。!！~～、:：;；-—…"  # what a cut leaves hanging; a question mark stays
+
+
+class Gist:
+    """The network. Thread-safe."""
+
+    def __init__(self, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+        """
+        Take the tensors that examples/training/gist.py writes.
+
+        Raises:
+            RetrievalError: one is missing or has another shape.
+        """
+        try:
+            values = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+            self._norm = values["norm.weight"], values["norm.bias"]
+            self._inner = values["inner.weight"].T.copy(), values["inner.bias"]
+            n_layers = 1 + max(int(name.split(".")[1]) for name in values if name.startswith("beside."))
+            beside = [(values[f"beside.{n}.weight"], values[f"beside.{n}.bias"]) for n in range(n_layers)]
+            # (n_out, n_in, size) -> (n_in · size, n_out), one product for all of a text's tokens.
+            self._beside = [(w.shape[2], w.reshape(len(w), -1).T.copy(), bias) for w, bias in beside]
+            self._outer = values["outer.weight"][0], values["outer.bias"]
+            self.logits(np.zeros((1, len(self._norm[0])), np.float32))
+        except (KeyError, ValueError, IndexError) as exc:
+            raise RetrievalError(f"the weights that find a question are not what was written: {exc}") from exc
+
+    def logits(self, tokens: Matrix) -> Matrix:
+        """Return how surely each of a text's tokens, vectors after layer FROM_LAYER (n, dim), is of the question."""
+        centred = tokens - tokens.mean(axis=1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
+        x = _gelu((normed * self._norm[0] + self._norm[1]) @ self._inner[0] + self._inner[1])
+        for size, weight, bias in self._beside:  # each token and those beside it
+            padded = np.pad(x, ((size // 2, size // 2), (0, 0)))
+            x = x + _gelu(sliding_window_view(padded, size, axis=0).reshape(len(x), -1) @ weight + bias)
+        found: Matrix = x @ self._outer[0] + self._outer[1]
+        return found
+
+
+def gist_of(text: str, places: Sequence[int], logits: Matrix) -> str:
+    """
+    Return the part of `text` that is its question; all of it where nothing but punctuation is around that.
+
+    Args:
+        places: where each token begins, in characters; a text's end may have none.
+        logits: of these tokens.
+    """
+    if not len(places):
+        return text
+    # A stretch from the first token to the last costs no cut. What comes after the last token that was read is not
+    # known to be talk.
+    values = (np.asarray(logits, np.float64) + KEEP).tolist()
+    costs = [0.0, *(CUT if _is_border(text, at) else CUT_WITHIN for at in places[1:]), 0.0]
+    first, last = _best_run(values, costs)
+    if sum(values[first:last]) <= 0:  # nothing of it is a question
+        return text
+    begin, end = places[first], (*places, len(text))[last]
+    while _splits_word(text, begin):
+        begin -= 1
+    while _splits_word(text, end):
+        end += 1
+    core = text[begin:end].strip(_AROUND)
+    left = f"{text[:begin]}{text[end:]}".strip(f"{_AROUND}?？")
+    return core if left and any(map(str.isalnum, core)) else text
+
+
+def _best_run(values: Sequence[float], costs: Sequence[float]) -> tuple[int, int]:
+    """Return the slice of `values` with the highest sum after the `costs` (len(values) + 1,) of its two ends."""
+    best, found, total = -math.inf, (0, len(values)), 0.0
+    lead, start = -math.inf, 0  # the best beginning up to here: minus what is left out before it and what it costs
+    for n, cost in enumerate(costs):
+        if total - cost + lead > best:
+            best, found = total - cost + lead, (start, n)
+        if -total - cost > lead:
+            lead, start = -total - cost, n
+        if n < len(values):
+            total += values[n]
+    return found
+
+
+def _is_border(text: str, at: int) -> bool:
+    return not (text[at - 1].isalnum() and text[at].isalnum())
+
+
+def _splits_word(text: str, at: int) -> bool:
+    """Return whether a word in Latin letters or a number goes on across the place `at`."""
+    return 0 < at < len(text) and all(c.isascii() and (c.isalnum() or c == "'") for c in text[at - 1 : at + 1])
+
+
+def _gelu(x: Matrix) -> Matrix:
+    # The approximation by tanh; what it differs by is a thousandth.
+    found: Matrix = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return found
+
+
+def load_gist(encoders: str, path: Path = SHIPPED) -> Gist:
+    """
+    Return the shipped network.
+
+    `encoders` is the checksum of what the encoders were tuned by (encoders.py).
+
+    Raises:
+        RetrievalError: the file is missing or not one of ours, or was trained over other encoders.
+    """
+    by_encoder, _ = load_by_encoder(path, "the weights that find a question", trained_over=encoders)
+    return Gist(by_encoder.get("e5", {}))
