@@ -100,6 +100,10 @@ default-reranker: $(call stamp,cpu)  ## the rerankers and the cross-encoder that
 	$(RUN) examples/training/rerank.py
 	$(RUN) examples/training/cross_encode.py
 
+.PHONY: default-gist
+default-gist: $(call stamp,cpu)  ## what finds the question in a message, trained anew: ten minutes, after the encoders
+	$(RUN) examples/training/gist.py
+
 .PHONY: default-release
 default-release: $(call stamp,cpu) demo  ## the release that is shipped, trained anew: minutes on a GPU, hours on two cores
 	$(RUN) examples/recipe/make.py --out var/recipe/data

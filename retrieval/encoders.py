@@ -96,7 +96,9 @@ def load_by_encoder(
     except (OSError, SafetensorError) as exc:
         raise RetrievalError(f"{what} cannot be read: {exc}") from exc
     if over != trained_over:
-        raise RetrievalError(f"{what} were trained over other encoders; train them anew: make default-reranker")
+        raise RetrievalError(
+            f"{what} were trained over other encoders; train them anew, see examples/training/README.md"
+        )
     by_encoder: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tensors.items():
         encoder, _, rest = name.partition("/")

@@ -15,16 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from retrieval.encoders import Matrix, load_by_encoder
 from retrieval.errors import RetrievalError
 
 SHIPPED = Path(__file__).with_name("gist.safetensors")
-KEEP = 0.5  # added to each token's logit: losing a word of the question costs more than keeping one of the talk
-# What a cut has to win: at a space or a punctuation mark, and between two characters.
-CUT, CUT_WITHIN = 2.0, 5.0
+KEEP = 1.0  # added to each token's logit: losing a word of the question costs more than keeping one of the talk
+SURE = 3.0  # that what is cut is talk: minus the mean logit of its tokens
+CUT_AT_MARK, CUT_AT_SPACE, CUT_WITHIN = 2.0, 4.0, 5.0  # what a cut has to win; within: between two characters
 EPS = 1e-5
 _AROUND = " \t\r\n,，.。!！~～、:：;；-—…"  # what a cut leaves hanging; a question mark stays
 
@@ -45,8 +44,8 @@ class Gist:
             self._inner = values["inner.weight"].T.copy(), values["inner.bias"]
             n_layers = 1 + max(int(name.split(".")[1]) for name in values if name.startswith("beside."))
             beside = [(values[f"beside.{n}.weight"], values[f"beside.{n}.bias"]) for n in range(n_layers)]
-            # (n_out, n_in, size) -> (n_in · size, n_out), one product for all of a text's tokens.
-            self._beside = [(w.shape[2], w.reshape(len(w), -1).T.copy(), bias) for w, bias in beside]
+            # (n_out, n_in, size) -> (size · n_in, n_out), one product for all of a text's tokens.
+            self._beside = [(w.shape[2], w.transpose(2, 1, 0).reshape(-1, len(w)), bias) for w, bias in beside]
             self._outer = values["outer.weight"][0], values["outer.bias"]
             self.logits(np.zeros((1, len(self._norm[0])), np.float32))
         except (KeyError, ValueError, IndexError) as exc:
@@ -58,8 +57,10 @@ class Gist:
         normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
         x = _gelu((normed * self._norm[0] + self._norm[1]) @ self._inner[0] + self._inner[1])
         for size, weight, bias in self._beside:  # each token and those beside it
-            padded = np.pad(x, ((size // 2, size // 2), (0, 0)))
-            x = x + _gelu(sliding_window_view(padded, size, axis=0).reshape(len(x), -1) @ weight + bias)
+            padded = np.zeros((len(x) + size - 1, x.shape[1]), np.float32)
+            padded[size // 2 : size // 2 + len(x)] = x
+            seen = np.concatenate([padded[n : n + len(x)] for n in range(size)], axis=1)
+            x = x + _gelu(seen @ weight + bias)
         found: Matrix = x @ self._outer[0] + self._outer[1]
         return found
 
@@ -74,13 +75,15 @@ def gist_of(text: str, places: Sequence[int], logits: Matrix) -> str:
     """
     if not len(places):
         return text
-    # A stretch from the first token to the last costs no cut. What comes after the last token that was read is not
-    # known to be talk.
-    values = (np.asarray(logits, np.float64) + KEEP).tolist()
-    costs = [0.0, *(CUT if _is_border(text, at) else CUT_WITHIN for at in places[1:]), 0.0]
-    first, last = _best_run(values, costs)
-    if sum(values[first:last]) <= 0:  # nothing of it is a question
+    logits = np.asarray(logits, np.float64)
+    costs = [0.0, *(_cost(text, at) for at in places[1:]), 0.0]
+    first, last = _best_run((logits + KEEP).tolist(), costs)
+    if logits[first:last].sum() <= -KEEP * (last - first):  # nothing of it is a question
         return text
+    if first and logits[:first].mean() > -SURE:
+        first = 0
+    if last < len(logits) and logits[last:].mean() > -SURE:
+        last = len(logits)
     begin, end = places[first], (*places, len(text))[last]
     while _splits_word(text, begin):
         begin -= 1
@@ -105,8 +108,12 @@ def _best_run(values: Sequence[float], costs: Sequence[float]) -> tuple[int, int
     return found
 
 
-def _is_border(text: str, at: int) -> bool:
-    return not (text[at - 1].isalnum() and text[at].isalnum())
+def _cost(text: str, at: int) -> float:
+    """Return what a cut of `text` at a place within it costs; the less it stands out there, the more."""
+    if text[at - 1].isalnum() and text[at].isalnum():
+        return CUT_WITHIN
+    before, after = text[:at].rstrip()[-1:], text[at:].lstrip()[:1]
+    return CUT_AT_SPACE if before.isalnum() and after.isalnum() else CUT_AT_MARK
 
 
 def _splits_word(text: str, at: int) -> bool:
@@ -116,7 +123,7 @@ def _splits_word(text: str, at: int) -> bool:
 
 def _gelu(x: Matrix) -> Matrix:
     # The approximation by tanh; what it differs by is a thousandth.
-    found: Matrix = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    found: Matrix = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return found
 
 

@@ -183,7 +183,9 @@ class HybridRetriever:
             RetrievalError: the embedder failed.
         """
         message = _cut(message)
-        return self._heard(message, self._valid(now), detect_lang(message), N_FIRST)[0] if message else ""
+        if not message or self._core(message) == message:
+            return message
+        return self._heard(message, self._valid(now), detect_lang(message), N_FIRST)[0]
 
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
@@ -370,12 +372,15 @@ class HybridRetriever:
         """Return the question in `message`, as `gist` says, and the candidates for it; see `_rank`."""
         core = self._core(message) if message else ""
         ranked = self._rank(core, allowed, lang, n=n)
-        if core == message:
+        if core == message or self._sure(ranked) + DOUBT >= 1:
             return core, ranked
         # "Can't log in, forgot my password": where more is found for the whole, what was cut off was no talk.
         whole = self._rank(message, allowed, lang, n=n)
-        (sure, surer) = ([hit.confidence for hit in self._top(found, 1)] or [0.0] for found in (ranked, whole))
-        return (message, whole) if surer[0] > sure[0] + DOUBT else (core, ranked)
+        return (message, whole) if self._sure(whole) > self._sure(ranked) + DOUBT else (core, ranked)
+
+    def _sure(self, ranked: _Ranked) -> float:
+        """Return the confidence of the first of `ranked`; 0 where there is none."""
+        return max((hit.confidence for hit in self._top(ranked, 1)), default=0.0)
 
     def _top(self, ranked: _Ranked, k: int) -> list[Hit]:
         return [
