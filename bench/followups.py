@@ -91,7 +91,7 @@ def searches(passages: dict[str, Passage], retriever: HybridRetriever) -> dict[s
             for question, answer in zip(dialogue.turns, dialogue.answered, strict=False)
         ]
         gist = partial(retriever.gist, now=NOW)
-        query: Query = complete(gist(dialogue.turns[-1]), turns, gist=gist)
+        query: Query = complete(gist(dialogue.turns[-1]) or dialogue.turns[-1], turns, gist=gist)
         query = replace(query, topic=passages[dialogue.answered[-1]].title)
         return search_in_context(retriever, query, 4, now=NOW, lang=dialogue.lang)
 

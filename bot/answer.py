@@ -32,7 +32,7 @@ from bot.prompt import PROMPT_VERSION, PromptStore, render_prompt
 from bot.settings import StoreProfile
 from bot.skills import promotions
 from bot.skills.handoff import handoff_trigger
-from bot.skills.smalltalk import courtesy_of
+from bot.skills.smalltalk import Courtesy, courtesy_of, reply_to_talk
 from bot.stream import Delta, Phase
 from retrieval.errors import RetrievalError
 from retrieval.passages import Hit, Passage
@@ -52,7 +52,7 @@ class Retriever(Protocol):
         ...
 
     def gist(self, message: str, *, now: datetime) -> str:
-        """The part of a message that is a question and not talk around it."""
+        """The part of a message that is a question and not talk around it; "" where it asks nothing."""
         ...
 
     def search(
@@ -265,10 +265,13 @@ class Answerer:
             text = said.format(hours=self._hours(language), contact=self._contact(language))
             return replace(self._reply(_Draft(language, engine, [text], outcomes=["handoff"])), handoff=trigger)
         if (courtesy := courtesy_of(question)) is not None:
-            text = self.profile.greeting[language] if courtesy == "greeting" else say.courtesies[courtesy]
+            text = self._courtesy(courtesy, language)
             replies = self.profile.quick_replies.get(language, ()) if courtesy == "greeting" else ()
             return replace(self._reply(_Draft(language, engine, [text], outcomes=["direct"])), quick_replies=replies)
         return None
+
+    def _courtesy(self, courtesy: Courtesy, language: Language) -> str:
+        return self.profile.greeting[language] if courtesy == "greeting" else PHRASES[language].courtesies[courtesy]
 
     # --- stage 2: runs in the search thread ------------------------------------------------------------
 
@@ -277,7 +280,10 @@ class Answerer:
     ) -> list[Part]:
         """Return what to do, one part for each question of the message that needs its own."""
         gist = partial(self.retriever.gist, now=now)
-        message = gist(message)
+        said, message = message, gist(message)
+        if not message:
+            text = self._courtesy(reply_to_talk(said, first=not history), language)
+            return [Part("quote", Query(said, said), text)]
         questions = split_questions(message)
         if len(questions) == 1 and (halves := split_at_comma(message)):
             # A comma joins two questions less often than it does not: only where both halves have a sure answer.

@@ -43,7 +43,11 @@ PHRASES: dict[Language, Phrases] = {
         handoff_asked="好的，正在为您转接人工客服，请稍候。客服时间：{hours}。{contact}",
         handoff_anger="非常抱歉给您带来了不好的体验，我马上为您转接人工客服来处理。客服时间：{hours}。{contact}",
         handoff_rule="这个问题需要由人工客服为您处理，我现在为您转接，请稍候。客服时间：{hours}。{contact}",
-        courtesies={"thanks": "不客气，还有问题随时问我。", "goodbye": "感谢光临，祝您生活愉快，再见！"},
+        courtesies={
+            "thanks": "不客气，还有问题随时问我。",
+            "goodbye": "感谢光临，祝您生活愉快，再见！",
+            "listening": "我在的。请问想了解什么？商品、优惠、配送、售后都可以问我。",
+        },
         quick_after_no_answer=("转人工客服",),
     ),
     "en": Phrases(
@@ -67,6 +71,7 @@ PHRASES: dict[Language, Phrases] = {
         courtesies={
             "thanks": "You're welcome! Just ask if there is anything else.",
             "goodbye": "Thank you for visiting, goodbye!",
+            "listening": "I'm here. What would you like to know about our products, offers, delivery or returns?",
         },
         quick_after_no_answer=("Talk to a human",),
     ),

@@ -331,7 +331,7 @@ def _search_of(folder: Path) -> tuple[Any, Any, Any]:
     def search(question: str, history: Any, language: Any, at: datetime | None, k: int) -> list[Any]:
         turns = tuple(Turn(q, a) for q, a in history)
         gist = partial(retriever.gist, now=at or now)
-        query = complete(gist(question), turns, gist=gist)
+        query = complete(gist(question) or question, turns, gist=gist)
         return [hit.passage for hit in search_in_context(retriever, query, k, now=at or now, lang=language)]
 
     titles = sorted({p.title for p in retriever.current("promotion", now=now)})

@@ -66,7 +66,7 @@ class Reads(Protocol):
     `read_queries` and `read_passages` return the vectors of `embed_queries` and `embed_passages`, and those; `logits`
     how surely each passage answers the question, (len(passages),), and `closer` the same, slower and better, of the few
     that look best. `closer` reads the last part of what is kept of a passage, and nothing else does. `gist` returns the
-    part of a text, given with what was read of it, that is a question and not talk around it.
+    part of a text, given with what was read of it, that is a question and not talk around it, "" where all is talk.
     """
 
     version: str  # changes whenever what is kept of the same text may be another

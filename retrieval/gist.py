@@ -69,6 +69,8 @@ def gist_of(text: str, places: Sequence[int], logits: Matrix) -> str:
     """
     Return the part of `text` that is its question; all of it where nothing but punctuation is around that.
 
+    It is "" where all of it is surely talk.
+
     Args:
         places: where each token begins, in characters; a text's end may have none.
         logits: of these tokens.
@@ -76,6 +78,8 @@ def gist_of(text: str, places: Sequence[int], logits: Matrix) -> str:
     if not len(places):
         return text
     logits = np.asarray(logits, np.float64)
+    if logits.mean() < -SURE and logits.max() < 0:
+        return "" if any(map(str.isalnum, text)) else text
     costs = [0.0, *(_cost(text, at) for at in places[1:]), 0.0]
     first, last = _best_run((logits + KEEP).tolist(), costs)
     if logits[first:last].sum() <= -KEEP * (last - first):  # nothing of it is a question

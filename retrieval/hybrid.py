@@ -177,14 +177,16 @@ class HybridRetriever:
         """
         Return the part of `message` that is its question and not talk around it ("hi, I'm Emily"), as it is searched.
 
-        Whole is left what the store knows as a wording, and what finds more whole: there the talk was none.
+        Whole is left what the store knows as a wording, and what finds more whole: there the talk was none. Where all
+        of it is talk it is "", though searching for it looks for all of it.
 
         Raises:
             RetrievalError: the embedder failed.
         """
         message = _cut(message)
-        if not message or self._core(message) == message:
-            return message
+        core = self._core(message) if message else ""
+        if core in ("", message):
+            return core
         return self._heard(message, self._valid(now), detect_lang(message), N_FIRST)[0]
 
     def search(
@@ -370,7 +372,7 @@ class HybridRetriever:
 
     def _heard(self, message: str, allowed: NDArray[np.bool_], lang: str, n: int | None = None) -> tuple[str, _Ranked]:
         """Return the question in `message`, as `gist` says, and the candidates for it; see `_rank`."""
-        core = self._core(message) if message else ""
+        core = (self._core(message) if message else "") or message
         ranked = self._rank(core, allowed, lang, n=n)
         if core == message or self._sure(ranked) + DOUBT >= 1:
             return core, ranked
@@ -627,7 +629,7 @@ class HybridRetriever:
         return [self.index.readings.of(number) for number in numbers.tolist()]
 
     def _core(self, message: str) -> str:
-        """Return `message` without what its words alone say is talk around the question; whole where nothing is."""
+        """Return `message` without what its words alone say is talk around the question."""
         if self._listener is None or self.index.worded(message):
             return message
         said = quietly(message)

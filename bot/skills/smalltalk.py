@@ -7,7 +7,7 @@ from typing import Literal
 
 from bot.guard.facts import normalise
 
-Courtesy = Literal["greeting", "thanks", "goodbye"]
+Courtesy = Literal["greeting", "thanks", "goodbye", "listening"]
 
 _TAIL = r"[\s!！.。,，~？?^_^😀-🙏👋❤️]*"
 _COURTESIES: list[tuple[Courtesy, re.Pattern[str]]] = [
@@ -59,3 +59,16 @@ def courtesy_of(text: str) -> Courtesy | None:
     if len(text) > 60:
         return None
     return next((name for name, pattern in _COURTESIES if pattern.match(text)), None)
+
+
+_THANKS = re.compile(r"\bthank|\bthx\b|\bty\b|\bcheers\b|谢|感谢", re.IGNORECASE)
+_GOODBYE = re.compile(r"\bbye\b|\bsee (?:you|ya)\b|再见|拜拜|回见", re.IGNORECASE)
+
+
+def reply_to_talk(text: str, *, first: bool) -> Courtesy:
+    """Return how to answer a message that asks nothing ("hi, I'm Emily, I have a question"); `first` of a visit or not."""
+    if first:
+        return "greeting"
+    if _GOODBYE.search(text):
+        return "goodbye"
+    return "thanks" if _THANKS.search(text) else "listening"

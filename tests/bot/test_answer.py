@@ -13,6 +13,7 @@ import pytest
 from bot.answer import Answerer, Rules
 from bot.errors import EngineBusy, EngineFailed
 from bot.messages import Reply, Turn
+from bot.phrases import PHRASES
 from bot.stream import Delta, Phase
 from retrieval.passages import Kind, Passage
 from tests.fake_retriever import FakeRetriever
@@ -115,6 +116,23 @@ async def test_talk_around_a_question_is_neither_searched_for_nor_answered() -> 
     reply, _ = await ask(answerer("never used", retriever=retriever), said)
     assert (reply.outcome, reply.text) == ("direct", "Delivery costs ¥8, free from ¥99.")
     assert set(retriever.queries) == {"How much is shipping?"}
+
+
+@pytest.mark.parametrize(
+    ("said", "history", "outcome"),
+    [
+        ("hello, Emily here, quick question", (), "greeting"),
+        ("one more thing if I may", (Turn("shipping?", "¥8"),), "listening"),
+        ("ah thank you, that was quick", (Turn("shipping?", "¥8"),), "thanks"),
+        ("lovely, bye now", (Turn("shipping?", "¥8"),), "goodbye"),
+    ],
+)
+async def test_talk_alone_is_answered_as_talk(said: str, history: tuple[Turn, ...], outcome: str) -> None:
+    retriever = FakeRetriever(PASSAGES, ANSWERS, gists={said: ""})
+    reply, _ = await ask(answerer("never used", retriever=retriever), said, history)
+    greeting = store_profile().greeting["en"]
+    assert reply.text == (greeting if outcome == "greeting" else PHRASES["en"].courtesies[outcome])
+    assert (reply.outcome, reply.citations, retriever.queries) == ("direct", (), [])
 
 
 async def test_what_goes_on_from_a_message_goes_on_from_its_question() -> None:

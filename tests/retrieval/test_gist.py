@@ -55,7 +55,7 @@ def gist(text: str, talk: str, weight: float = 4.0) -> str:
         # What stands between two parts of a question stays.
         ("Is it red? Sorry to ask. And is it heavy?", "Sorry to ask", "Is it red? Sorry to ask. And is it heavy?"),
         # Nothing of it is a question, and nothing but punctuation would go.
-        ("Hi, I'm Emily", "Hi I'm Emily", "Hi, I'm Emily"),
+        ("Hi, I'm Emily", "Hi I'm Emily", ""),
         ("... is it red", "...", "... is it red"),
         ("", "", ""),
     ],
@@ -234,6 +234,24 @@ def test_a_question_is_found_as_surely_with_talk_around_it(
     assert f"searched for: {question}" in explanation_text(found, Thresholds())
     assert dump_explanation(found, Thresholds())["gist"] == question
     assert "searched for" not in explanation_text(shop.explain(question, now=NOW), Thresholds())
+
+
+@pytest.mark.parametrize(
+    "talk",
+    ["Hello there, Tom here, first time on this site", "你好呀，我是王姐，朋友介绍来的", "many thanks, bye!"],
+)
+def test_talk_alone_asks_nothing_and_is_searched_whole(
+    model: BilingualEmbedder, shop: HybridRetriever, talk: str
+) -> None:
+    assert shop.gist(talk, now=NOW) == ""
+    assert shop.search(talk, 3, now=NOW) == hearing(shop, model).search(talk, 3, now=NOW)
+
+
+def test_next_to_no_question_is_taken_for_talk(crafts: Problem, shop: HybridRetriever) -> None:
+    heard = {question.text: shop.gist(question.text, now=NOW) for question in crafts.questions}
+    assert "" not in heard.values()
+    cut = [text for text, gist in heard.items() if squeezed(gist) != squeezed(text)]
+    assert len(cut) <= 0.03 * len(heard), cut
 
 
 def test_what_finds_more_whole_is_searched_whole(model: BilingualEmbedder, shop: HybridRetriever) -> None:
