@@ -76,12 +76,13 @@ def load_moves(path: Path = SHIPPED) -> tuple[dict[str, Moves], str]:
 
 
 def load_by_encoder(
-    path: Path, what: str, *, trained_over: str | None = None
+    path: Path, what: str, *, trained_over: str | None = None, made_by: str = "make default-reranker"
 ) -> tuple[dict[str, dict[str, Matrix]], str]:
     """
     Return the tensors named ENCODER/NAME in a shipped file by encoder and name, and its short checksum.
 
-    `what` the file holds is said in errors; `trained_over` is what its "encoders" must say, this file's checksum.
+    `what` the file holds is said in errors; `trained_over` is what its "encoders" must say, this file's checksum, and
+    `made_by` the command that trains it.
 
     Raises:
         RetrievalError: the file is missing or is none of tensors, or was trained over other encoders.
@@ -96,9 +97,7 @@ def load_by_encoder(
     except (OSError, SafetensorError) as exc:
         raise RetrievalError(f"{what} cannot be read: {exc}") from exc
     if over != trained_over:
-        raise RetrievalError(
-            f"{what} were trained over other encoders; train them anew, see examples/training/README.md"
-        )
+        raise RetrievalError(f"{what} were trained over other encoders; train them anew: {made_by}")
     by_encoder: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tensors.items():
         encoder, _, rest = name.partition("/")
