@@ -140,5 +140,6 @@ def load_gist(encoders: str, path: Path = SHIPPED) -> Gist:
     Raises:
         RetrievalError: the file is missing or not one of ours, or was trained over other encoders.
     """
-    by_encoder, _ = load_by_encoder(path, "the weights that find a question", trained_over=encoders)
+    what = "the weights that find a question"
+    by_encoder, _ = load_by_encoder(path, what, trained_over=encoders, made_by="make default-gist")
     return Gist(by_encoder.get("e5", {}))
