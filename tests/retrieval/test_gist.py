@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
         load_gist(ENCODERS, path)
     tensors = load_file(SHIPPED)
     save_file(tensors, path, {"encoders": "others"})
-    with pytest.raises(RetrievalError, match="other encoders; .*make default-gist"):
+    with pytest.raises(RetrievalError, match=r"other encoders; .*make default-gist"):
         load_gist(ENCODERS, path)
     for name in tensors:
         save_file({key: value for key, value in tensors.items() if key != name}, path, {"encoders": ENCODERS})
