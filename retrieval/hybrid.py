@@ -632,6 +632,10 @@ class HybridRetriever:
         """Return `message` without what its words alone say is talk around the question."""
         if self._listener is None or self.index.worded(message):
             return message
+        with self._lock:
+            is_given = message in self._vectors and message not in self._read
+        if is_given and self._reader is None:  # its vector was remembered, and nothing else needs it to be read
+            return message
         said = quietly(message)
         core = self._listener.gist(said, self._reading(message))
         if named_codes(core) != named_codes(said):

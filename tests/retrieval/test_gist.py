@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import retrieval.readings
 from retrieval.bilingual import BilingualEmbedder
 from retrieval.calibrate import Problem, training_store
 from retrieval.e5 import E5
@@ -283,3 +284,17 @@ def test_shouting_is_heard_as_speaking(model: BilingualEmbedder, shop: HybridRet
     retriever = hearing(shop, model, lambda text: text.removeprefix("hello there my friend "))
     said = "HELLO THERE MY FRIEND HOW MUCH DOES THE SHADE CARD COST"
     assert retriever.gist(said, now=NOW) == "HOW MUCH DOES THE SHADE CARD COST"
+
+
+def test_a_remembered_vector_is_enough_where_nothing_is_read(
+    model: BilingualEmbedder, shop: HybridRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval.readings, "MAX_PASSAGES", 10)
+    large = HybridRetriever(build_index(shop.index.passages, model, VectorCache(None)), model)
+    message = "hello, Emily here! is Apple Pay among the ways to pay?"
+    assert large.gist(message, now=NOW) == "is Apple Pay among the ways to pay?"
+    again = HybridRetriever(large.index, model)
+    again.remember([message], model.embed_queries([message]))
+    monkeypatch.setattr(model, "hidden", None)  # whoever embeds now fails
+    assert again.gist(message, now=NOW) == message
+    assert again.search(message, 1, now=NOW)
