@@ -15,6 +15,7 @@ from bot.messages import Language, Turn
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN_WORD = re.compile(r"[A-Za-z][A-Za-z'’]+")
 # Words that Chinese shoppers type inside Chinese sentences, and codes, say nothing about the language.
+_CAPITALS = re.compile(r"\b[A-Z]{2,}\b")
 _NEUTRAL = re.compile(r"[A-Z]{2,}\d*|[A-Za-z]+\d+\w*|https?://\S+|\S+@\S+")
 
 
@@ -23,7 +24,8 @@ def language_of(text: str) -> Language | None:
     n_cjk = len(_CJK.findall(text))
     n_words = len(_LATIN_WORD.findall(_NEUTRAL.sub(" ", text)))
     if n_cjk == 0 and n_words == 0:
-        return None
+        # So many codes in a row are no codes: somebody shouts.
+        return "en" if len(_CAPITALS.findall(text)) > 2 else None
     # One Chinese word is about two characters: "iPhone 充电器" is Chinese, "what does 包邮 mean" English.
     return "zh" if n_cjk >= n_words * 2 or n_words == 0 else ("en" if n_cjk < n_words else "zh")
 

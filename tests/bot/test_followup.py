@@ -102,6 +102,9 @@ def test_what_says_enough_by_itself_does_not_go_on(text: str) -> None:
         ("what does 包邮 mean for me", "en"),
         ("QH1034 多少钱", "zh"),
         ("QH1034", None),
+        ("USB HDMI?", None),
+        ("HOW LONG DOES SHIPPING TAKE", "en"),
+        ("IPHONE USB PD 充电器", "zh"),
         ("???", None),
     ],
 )
