@@ -374,18 +374,19 @@ def _bad_wording(before: str, after: str, language: Language) -> str | None:
 
 
 def _fewer_of_each(made: Sequence[Dialogue], most: int, counts: Counter[str]) -> list[Dialogue]:
-    """Keep the first `most` of equal answers as examples; more would teach that one sentence answers everything."""
+    """Keep the first `most` of equal answers, one a dialogue; more would teach that one sentence answers everything."""
     n_of: Counter[str] = Counter()
     kept = []
     for dialogue in made:
-        lines = []
+        lines, said = [], set()
         for line in dialogue.lines:
             if line.role == "assistant" and line.learn and not dialogue.id.endswith("-back-translation"):
                 key = squeeze(line.text)
                 n_of[key] += 1
-                if n_of[key] > most:
+                if n_of[key] > most or key in said:
                     counts["left out: the same answer again"] += 1
                     line = replace(line, learn=False)
+                said.add(key)
             lines.append(line)
         if any(line.learn and line.role == "assistant" for line in lines):
             kept.append(replace(dialogue, lines=tuple(lines)))

@@ -87,6 +87,17 @@ def test_later_questions_are_asked_with_the_answers_that_stand_before_them(
     assert report(capsys)["counts"]["kept"] == 2
 
 
+def test_what_was_said_before_in_a_dialogue_is_not_learned_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = imported(tmp_path / "data", [["do you ship abroad?", "well yes", "to Peru also?", "yes also to Peru"]])
+    with teacher(lambda m: "Yes, we do ship abroad.") as given:
+        assert main(["distill", "--data", str(data), "--out", str(tmp_path / "out"), *given, "--json"]) == 0
+    assert report(capsys)["counts"]["left out: the same answer again"] == 1
+    (dialogue,) = load_data(tmp_path / "out").splits["train"]
+    assert [line.learn for line in dialogue.lines if line.role == "assistant"] == [True, False]
+
+
 def test_a_killed_command_goes_on_without_asking_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("lamp", "rug", "pan", "quilt", "shelf", "table", "chair", "kettle", "mirror", "candle", "towel", "clock")
     data = imported(tmp_path / "data", [[f"is the {n} in stock?", f"yes the {n} is, dear"] for n in names])
