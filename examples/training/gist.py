@@ -83,11 +83,11 @@ def written(path: Path) -> list[Message]:
     return [Message(row["pre"], row["core"], row["post"], row["lang"]) for row in rows]
 
 
-def questions(chance: random.Random, kept_out: bool = False) -> dict[str, list[str]]:
-    """Return the stores' questions and what goes on from them, by language, shuffled."""
+def questions(chance: random.Random) -> dict[str, list[str]]:
+    """Return the questions to all stores but KEPT_OUT and what goes on from them, by language, shuffled."""
     found: dict[str, list[str]] = {"zh": [], "en": []}
     for folder in sorted(path.parent for path in HERE.glob("*/questions.jsonl")):
-        if (folder.name in KEPT_OUT) is not kept_out:
+        if folder.name in KEPT_OUT:
             continue
         for line in (folder / "questions.jsonl").read_text("utf-8").splitlines():
             row = json.loads(line)
@@ -121,10 +121,10 @@ def around(question: str, lang: str, model: Message, chance: random.Random) -> M
     return Message(before, question, after, lang)
 
 
-def messages(models: Sequence[Message], chance: random.Random, kept_out: bool = False) -> list[Message]:
+def messages(models: Sequence[Message], chance: random.Random) -> list[Message]:
     """Return what is learned from: the written messages, and the stores' questions alone, in twos and talked around."""
     found = list(models) * 2
-    for lang, texts in questions(chance, kept_out).items():
+    for lang, texts in questions(chance).items():
         talk = [model for model in models if model.lang == lang and (model.before or model.after)]
         for n, text in enumerate(texts):
             drawn = chance.random()

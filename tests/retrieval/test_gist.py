@@ -278,6 +278,12 @@ def test_a_code_and_a_known_wording_are_never_cut(model: BilingualEmbedder, shop
     assert retriever.gist("  ", now=NOW) == ""
 
 
+def test_a_very_long_message_is_searched(model: BilingualEmbedder, shop: HybridRetriever) -> None:
+    long = "hello, Emily here! " + "is Apple Pay among the ways to pay, " * 120
+    assert len(shop.gist(long, now=NOW)) > 500
+    assert first(shop, long)[0] == first(shop, "is Apple Pay among the ways to pay?")[0]
+
+
 def test_shouting_is_heard_as_speaking(model: BilingualEmbedder, shop: HybridRetriever) -> None:
     assert first(shop, "HOW MUCH DOES THE SHADE CARD COST") == first(shop, "how much does the shade card cost")
     # The part that is searched for is the message's own, in capitals.
