@@ -72,7 +72,7 @@ class E5:
 
     def places(self, text: str) -> list[int]:
         """Return where in `text`, which begins with no space, each of its tokens begins, in characters."""
-        return self._vocabulary.places(text)[: self._window + 1 - self._n_before[QUERY]]
+        return self._vocabulary.places(text)
 
     def own(self, middle: Vectors) -> Vectors:
         """Return of a question's token vectors after layer FROM_LAYER those of its own text (n, 384)."""

@@ -72,7 +72,7 @@ def gist_of(text: str, places: Sequence[int], logits: Matrix) -> str:
     It is "" where all of it is surely talk.
 
     Args:
-        places: where each token begins, in characters; a text's end may have none.
+        places: where each token begins, in characters.
         logits: of these tokens.
     """
     if not len(places):
