@@ -184,10 +184,10 @@ class HybridRetriever:
             RetrievalError: the embedder failed.
         """
         message = _cut(message)
-        core = self._core(message) if message else ""
+        core = self._core(message)
         if core in ("", message):
             return core
-        return self._heard(message, self._valid(now), detect_lang(message), N_FIRST)[0]
+        return self._heard(message, core, self._valid(now), detect_lang(message), N_FIRST)[0]
 
     def search(
         self, query: str, k: int = 5, *, now: datetime, lang: str | None = None, kinds: Collection[str] | None = None
@@ -259,7 +259,7 @@ class HybridRetriever:
         valid, spoken = self._valid(now), lang or detect_lang(query)
         allowed = self._mask(valid, kinds)
         whole = _cut(query)
-        query, ranked = self._heard(whole, allowed, spoken)
+        query, ranked = self._heard(whole, self._core(whole), allowed, spoken)
         hits = self._top(ranked, k)
         everything = self._rank(query, np.ones_like(valid), spoken)
         floor = hits[-1].score if hits and len(hits) == k else -np.inf
@@ -368,11 +368,14 @@ class HybridRetriever:
         k = max(k, 0)
         n = max(k, N_FIRST)  # rivals are known even where they are not asked for
         query = _cut(query)
-        return self._top(self._heard(query, self._mask(allowed, kinds), lang or detect_lang(query), n)[1], k)
+        spoken = lang or detect_lang(query)
+        return self._top(self._heard(query, self._core(query), self._mask(allowed, kinds), spoken, n)[1], k)
 
-    def _heard(self, message: str, allowed: NDArray[np.bool_], lang: str, n: int | None = None) -> tuple[str, _Ranked]:
-        """Return the question in `message`, as `gist` says, and the candidates for it; see `_rank`."""
-        core = (self._core(message) if message else "") or message
+    def _heard(
+        self, message: str, core: str, allowed: NDArray[np.bool_], lang: str, n: int | None = None
+    ) -> tuple[str, _Ranked]:
+        """Return what of `message`, whose `_core` is given, is searched for, and the candidates for it; see `_rank`."""
+        core = core or message
         ranked = self._rank(core, allowed, lang, n=n)
         if core == message or self._sure(ranked) + DOUBT >= 1:
             return core, ranked
@@ -629,8 +632,8 @@ class HybridRetriever:
         return [self.index.readings.of(number) for number in numbers.tolist()]
 
     def _core(self, message: str) -> str:
-        """Return `message` without what its words alone say is talk around the question."""
-        if self._listener is None or self.index.worded(message):
+        """Return `message` without what its words alone say is talk around the question; "" where all of it is."""
+        if not message or self._listener is None or self.index.worded(message):
             return message
         with self._lock:
             is_given = message in self._vectors and message not in self._read
