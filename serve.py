@@ -242,6 +242,7 @@ def build_parts(settings: Settings) -> Parts:
     rules = Rules(
         direct=settings.direct,
         direct_confidence=settings.direct_confidence,
+        sure_confidence=settings.sure_confidence,
         answer_confidence=settings.answer_confidence,
         n_passages=settings.n_passages,
         max_reply_tokens=settings.max_reply_tokens,

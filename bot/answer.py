@@ -29,6 +29,7 @@ from bot.language import language_of, reply_language
 from bot.messages import Citation, Finish, Language, Outcome, Release, Reply, Turn
 from bot.phrases import NO_ANSWER_SAID, PHRASES
 from bot.prompt import PROMPT_VERSION, PromptStore, render_prompt
+from bot.second_look import chance_of_no, stands
 from bot.settings import StoreProfile
 from bot.skills import promotions
 from bot.skills.handoff import handoff_trigger
@@ -87,6 +88,7 @@ class Rules:
     direct: bool = True
     direct_confidence: float | None = None  # None: the store's own for the risk it chose, else DIRECT
     answer_confidence: float | None = None
+    sure_confidence: float = 0.7  # below it the model is asked before a passage goes out as it is; 0: never
     near_confidence: float = 0.12  # under a "no": from here on the nearest passages are shown, said to be just that
     near: float = 0.2  # of the best hit's confidence: what else is shown beside it
     ended_confidence: float = 0.45  # an ended promotion is spoken of only where it is clearly meant
@@ -102,6 +104,7 @@ class Part:
     query: Query
     text: str = ""  # of a quote
     hits: tuple[Hit, ...] = ()  # what it rests on, best first
+    otherwise: Part | None = None  # of a quote: what to do where the model would not answer from its first hit
 
 
 @dataclass(slots=True)
@@ -231,6 +234,8 @@ class Answerer:
         # 3) Say it: quotes at once, the rest from the engine.
         draft = _Draft(language, engine)
         for n, part in enumerate(parts):
+            if part.otherwise is not None and not await self._stands(part, history, draft, now):
+                part = part.otherwise
             if n and draft.pieces:
                 yield Delta("\n\n")
             if part.how == "generate":
@@ -338,7 +343,9 @@ class Answerer:
                 current = promotions.for_category(self._current_promotions(language, now), category)
                 text = f"{text}\n\n{promotions.list_text(current, language)}"
                 rests_on += tuple(Hit(p, 1.0, 1.0) for p in current)
-            return Part("quote", query, text, rests_on)
+            doubtful = can_generate and top < rules.sure_confidence
+            otherwise = Part("none", query, hits=self._near(hits)) if doubtful else None
+            return Part("quote", query, text, rests_on, otherwise)
         # Asked about offers in words no promotion uses ("im at uni, do I pay less?"): all that is on is the answer.
         if about and self._current_promotions(language, now):
             return self._list_promotions(query, language, now)
@@ -465,6 +472,26 @@ class Answerer:
         return f"{text}\n\n{self._closest(part.hits, language, now, say.nearest)}"
 
     # --- stage 3 ---------------------------------------------------------------------------------------
+
+    async def _stands(self, part: Part, history: Sequence[Turn], draft: _Draft, now: datetime) -> bool:
+        """Whether a quote goes out that the search is not sure of: the model is asked, where one can be."""
+        engine, hit, query = draft.engine, part.hits[0], part.query
+        if engine is None:
+            return True
+        try:
+            prompt = render_prompt(
+                self.prompt_store(now),
+                history if query.follows >= _LEAST_FOLLOWS else (),
+                query.text,
+                [self._in_language(hit.passage, draft.language)],
+                draft.language,
+                count_tokens=engine.count_tokens,
+                max_prompt_tokens=engine.max_prompt_tokens,
+            )
+        except ValueError:  # too long for the model: the search decides alone
+            return True
+        chance = await chance_of_no(engine, prompt)
+        return chance is None or stands(hit.confidence, chance)
 
     async def _generate(
         self, part: Part, history: Sequence[Turn], draft: _Draft, now: datetime, stop: asyncio.Event

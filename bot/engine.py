@@ -24,6 +24,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     priority: int = 0  # lower is earlier; 0 for a waiting visitor, 10 for background work
     seed: int | None = None
+    n_likely: int = 0  # of the first token also so many of the likeliest, at most 20; see `Chunk.likely`
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Chunk:
     n_tokens: int = 0  # tokens in this chunk
     n_prompt_tokens: int = 0  # on the last chunk
     n_cached_tokens: int = 0  # on the last chunk: prompt tokens served from the prefix cache
+    # What its first token might have been, each with its log-probability; empty where nobody asked or nobody can tell.
+    likely: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,13 @@ class Settings(BaseSettings):
         description="Least confidence of a hit for its text to go out as it is; by default what the store was tuned to "
         "for a risk (`python -m retrieval tune --risk`), else 0.5.",
     )
+    sure_confidence: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="Below this confidence the model is asked, for one token, whether it would answer from the passage "
+        "too, before the passage goes out as it is; 0: never.",
+    )
     answer_confidence: float | None = Field(
         None,
         ge=0,

@@ -292,6 +292,11 @@ class _Overheard:
         return self._inner.max_prompt_tokens
 
     async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        if sampling.n_likely:  # a look before a quotation: nothing that the model says
+            async with aclosing(self._inner.stream(messages, sampling)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         asking = _ASKING.get()
         asking.prompts.append("\n".join(m.content for m in messages))
         async with aclosing(self._inner.stream(messages, sampling)) as chunks:
@@ -325,6 +330,7 @@ class _Bot:
         self._rules = Rules(
             direct=direct,
             direct_confidence=settings.direct_confidence,
+            sure_confidence=settings.sure_confidence,
             answer_confidence=settings.answer_confidence,
             n_passages=settings.n_passages,
             max_reply_tokens=settings.max_reply_tokens,

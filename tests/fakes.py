@@ -24,7 +24,7 @@ class ScriptedEngine:
     Streams given words, then finishes; or raises what it was given instead.
 
     Each item of `script` is the reply to one call, in order (the last one for all further calls): a text, or an
-    exception, or a (text, exception) that fails after its text.
+    exception, or a (text, exception) that fails after its text. `likely` is what it tells of a first token when asked.
     """
 
     name = "scripted"
@@ -36,7 +36,10 @@ class ScriptedEngine:
         *script: str | BaseException | tuple[str, BaseException],
         delay_s: float = 0.0,
         ready: bool = True,
+        likely: tuple[tuple[str, float], ...] = (),
     ) -> None:
+        self.likely = likely
+        self.looks: list[list[Message]] = []  # prompts of which the first token alone was asked for
         self.script = script or ("It left yesterday.",)
         self.delay_s = delay_s
         self.ready = ready
@@ -47,6 +50,11 @@ class ScriptedEngine:
         self.n_started = self.n_closed = 0
 
     async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        if sampling.n_likely:
+            self.looks.append(list(messages))
+            await asyncio.sleep(self.delay_s)
+            yield Chunk(self.likely[0][0] if self.likely else "x", "length", 1, likely=self.likely)
+            return
         item = self.script[min(len(self.prompts), len(self.script) - 1)]
         self.prompts.append(list(messages))
         self.samplings.append(sampling)

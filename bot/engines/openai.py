@@ -243,6 +243,8 @@ class OpenAIEngine:
             body["stop"] = list(sampling.stop)
         if sampling.seed is not None:
             body["seed"] = sampling.seed
+        if sampling.n_likely:
+            body |= {"logprobs": True, "top_logprobs": sampling.n_likely}
         if self._is_vllm and sampling.temperature > 0:
             body["top_k"] = sampling.top_k
         if self._send_priority and sampling.priority:
@@ -256,6 +258,7 @@ class OpenAIEngine:
         finish: Finish | None = None
         n_deltas = 0
         usage: dict[str, Any] = {}
+        untold: _Likely = ()  # a token without a whole character has no text to come with
         try:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._timeouts.first_token_s):
@@ -270,13 +273,14 @@ class OpenAIEngine:
                         event = await anext(events, None)
                     if event is None:
                         break
-                    text, ended, used = _parse_event(event)
-                    usage = used or usage
+                    text, ended, used, likely = _parse_event(event)
+                    usage, untold = used or usage, untold or likely
                     finish = ended or finish
                     if text:
                         seen = True
                         n_deltas += 1
-                        yield Chunk(text)
+                        yield Chunk(text, likely=untold)
+                        untold = ()
         # 1) Never reached: worth another try, and "not ready" rather than "failed".
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             raise _TryAgain(EngineNotReady(f"no answer from {place}")) from exc
@@ -295,7 +299,7 @@ class OpenAIEngine:
         self._counters["prompt_tokens"] += n_prompt
         self._counters["generated_tokens"] += n_tokens
         n_cached = _count(usage.get("prompt_tokens_details") or {}, "cached_tokens", 0)
-        yield Chunk("", finish, n_tokens, n_prompt, n_cached)
+        yield Chunk("", finish, n_tokens, n_prompt, n_cached, untold)
 
     # Figures
 
@@ -336,22 +340,32 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield event
 
 
-def _parse_event(event: dict[str, Any]) -> tuple[str, Finish | None, dict[str, Any] | None]:
-    """Return the event's text, finish and usage. Raises EngineFailed where the event reports an error."""
+_Likely = tuple[tuple[str, float], ...]
+
+
+def _parse_event(event: dict[str, Any]) -> tuple[str, Finish | None, dict[str, Any] | None, _Likely]:
+    """
+    Return the event's text, finish, usage, and what its first token might have been.
+
+    Raises:
+        EngineFailed: the event reports an error.
+    """
     if "error" in event:
         raise EngineFailed(f"the server gave up: {str(event['error'])[:200]}")
     try:
         usage = event.get("usage")
         if not event.get("choices"):
-            return "", None, usage
+            return "", None, usage, ()
         choice = event["choices"][0]
         text = (choice.get("delta") or {}).get("content") or ""
         reason = choice.get("finish_reason")
         if not isinstance(text, str) or not (usage is None or isinstance(usage, dict)):
             raise TypeError("content or usage of a wrong type")
-    except (TypeError, AttributeError, KeyError, IndexError) as exc:
+        tokens = (choice.get("logprobs") or {}).get("content") or [{}]
+        likely = tuple((str(one["token"]), float(one["logprob"])) for one in tokens[0].get("top_logprobs") or ())
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as exc:
         raise _BadEvent(f"not a chunk of a completion: {str(event)[:80]}") from exc
-    return text, _FINISH.get(str(reason), "stop") if reason else None, usage
+    return text, _FINISH.get(str(reason), "stop") if reason else None, usage, likely
 
 
 def _count(usage: dict[str, Any], name: str, otherwise: int) -> int:

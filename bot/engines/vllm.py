@@ -381,7 +381,8 @@ class _Outlet:
 
 
 def _merged(a: Chunk, b: Chunk) -> Chunk:
-    return Chunk(a.text + b.text, b.finish, a.n_tokens + b.n_tokens, b.n_prompt_tokens, b.n_cached_tokens)
+    text, n_tokens, likely = a.text + b.text, a.n_tokens + b.n_tokens, a.likely or b.likely
+    return Chunk(text, b.finish, n_tokens, b.n_prompt_tokens, b.n_cached_tokens, likely)
 
 
 class _Figures:
@@ -659,6 +660,7 @@ class VllmEngine:
                 top_k=sampling.top_k if sampling.temperature > 0 else 0,
                 stop=list(sampling.stop),
                 seed=sampling.seed,
+                logprobs=sampling.n_likely or None,
                 output_kind=v.RequestOutputKind.DELTA,
             )
             outputs = self._llm.generate(
@@ -770,12 +772,15 @@ class VllmEngine:
 def _chunk_of(output: Any) -> Chunk:
     """Return vLLM's RequestOutput (of kind DELTA) as a chunk."""
     new = output.outputs[0]
+    first = new.logprobs[0] if new.logprobs else {}
+    likely = tuple((one.decoded_token or "", one.logprob) for one in first.values())
     if not output.finished:
-        return Chunk(new.text, n_tokens=len(new.token_ids))
+        return Chunk(new.text, n_tokens=len(new.token_ids), likely=likely)
     if new.finish_reason not in _FINISH:  # "error", and whatever a later vLLM may add
         raise EngineFailed(f"vLLM ended a reply with {new.finish_reason!r}")
     n_prompt = len(output.prompt_token_ids or ())
-    return Chunk(new.text, _FINISH[new.finish_reason], len(new.token_ids), n_prompt, output.num_cached_tokens or 0)
+    n_cached = output.num_cached_tokens or 0
+    return Chunk(new.text, _FINISH[new.finish_reason], len(new.token_ids), n_prompt, n_cached, likely)
 
 
 def _caused(error: Exception, cause: Exception) -> Exception:

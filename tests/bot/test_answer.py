@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from bot.answer import Answerer, Rules
-from bot.errors import EngineBusy, EngineFailed
-from bot.messages import Reply, Turn
+from bot.engine import Chunk, Sampling
+from bot.errors import EngineBusy, EngineDead, EngineFailed
+from bot.messages import Message, Reply, Turn
 from bot.phrases import PHRASES
 from bot.stream import Delta, Phase
 from retrieval.passages import Kind, Passage
@@ -77,12 +78,26 @@ ANSWERS = {
     "points": [("only-zh", 0.9)],
     "maybe": [("ship-en", 0.4), ("invoice-en", 0.3)],
     "weak": [("ship-en", 0.05)],
+    "borrow": [("bulky-en", 0.6), ("ship-en", 0.4)],
     "lamp": [("lamp-en", 0.9)],
     "quilt": [("quilt-en", 0.9)],
     "unclear": [("bulky-en", 0.15)],
     "tea": [("tea-en", 0.8)],
     "year": [("year-en", 0.8)],
 }
+
+
+class RefusingEngine(ScriptedEngine):
+    """Takes no request, for the reason given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        if self.error:
+            raise self.error
+        yield Chunk("", "stop")
 
 
 def answerer(*script: Any, **options: Any) -> Answerer:
@@ -147,6 +162,59 @@ async def test_what_goes_on_from_a_message_goes_on_from_its_question() -> None:
 async def test_the_reply_is_in_the_language_of_the_question() -> None:
     assert (await ask(answerer(), "运费多少"))[0].text == "运费¥8，满¥99包邮。"
     assert (await ask(answerer(), "what is the shipping fee"))[0].language == "en"
+
+
+SAYS_NO = (("Sorry", -0.05), ("B", -3.2))
+QUOTES = (("B", -0.05), ("I", -3.2), ("抱歉", -9.0))
+
+
+async def test_a_passage_of_which_the_search_is_not_sure_goes_out_where_the_model_would_answer_from_it() -> None:
+    bot = answerer("never used", engine=ScriptedEngine("never used", likely=QUOTES))
+    reply, steps = await ask(bot, "who can borrow a van")
+    assert (reply.outcome, reply.text) == ("direct", "Bulky items cost ¥60 to deliver.")
+    [look] = bot.engine.looks  # type: ignore[union-attr]
+    assert "Bulky items cost" in look[-1].content
+    assert "Delivery costs" not in look[-1].content  # the one passage that is to go out, and no other
+    assert [s.name for s in steps if isinstance(s, Phase)] == ["searching"]
+
+
+async def test_where_the_model_would_not_answer_from_it_the_passage_is_shown_as_the_nearest_under_a_no() -> None:
+    reply, _ = await ask(answerer(engine=ScriptedEngine(likely=SAYS_NO)), "who can borrow a van")
+    assert reply.outcome == "no_answer"
+    assert reply.text.startswith("Sorry, I could not find an answer")
+    assert "Bulky items cost ¥60" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("How much is shipping?", {}),  # found with .97
+        ("who can borrow a van", {"rules": Rules(sure_confidence=0.0)}),
+    ],
+)
+async def test_a_sure_passage_goes_out_without_a_second_look(question: str, options: dict[str, Any]) -> None:
+    bot = answerer(engine=ScriptedEngine(likely=SAYS_NO), **options)
+    reply, _ = await ask(bot, question)
+    assert reply.outcome == "direct"
+    assert bot.engine.looks == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ScriptedEngine(),  # cannot tell what is likely
+        ScriptedEngine(likely=SAYS_NO, ready=False),
+        ScriptedEngine(likely=SAYS_NO, delay_s=60),
+        RefusingEngine(EngineBusy(3.0)),
+        RefusingEngine(EngineDead("gone")),
+    ],
+)
+async def test_a_model_that_cannot_be_asked_holds_no_answer_up(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bot.second_look.LIMIT_S", 0.05)
+    reply, _ = await ask(answerer(engine=engine), "who can borrow a van")
+    assert (reply.outcome, reply.text) == ("direct", "Bulky items cost ¥60 to deliver.")
 
 
 async def test_what_the_store_does_not_know_gets_an_honest_no_and_a_human() -> None:

@@ -19,7 +19,7 @@ from bot.engines import openai as module
 from bot.engines.openai import OpenAIEngine, Timeouts
 from bot.errors import EngineBusy, EngineDead, EngineFailed, EngineNotReady, MerchantError
 from bot.messages import Message
-from tests.engines.tiny_model import REPLY, needs_vllm, pieces_of
+from tests.engines.tiny_model import ENDLESS, REPLY, needs_vllm, pieces_of
 
 HELLO = [Message("system", "You help."), Message("user", "你好")]
 ENDLESSLY = [Message("user", "endless")]
@@ -176,6 +176,17 @@ class TestReplies:
             assert "priority" not in first
             assert "top_k" not in second
             assert all("authorization: bearer secret" in head.lower() for head in server.headers)
+
+    async def test_the_likeliest_first_tokens_are_asked_for_and_told(self) -> None:
+        top = [{"token": "Sorry", "logprob": -0.1, "bytes": None}, {"token": "B", "logprob": -2.5, "bytes": None}]
+        choice = {"delta": {"content": "Sorry"}, "logprobs": {"content": [{"token": "Sorry", "top_logprobs": top}]}}
+        told = f"data: {json.dumps({'choices': [choice | {'finish_reason': 'length'}]})}\n\n"
+        async with talking_to(says(told, DONE), says(WHOLE)) as (server, engine):
+            first, _ = await read(engine, HELLO, Sampling(max_tokens=1, n_likely=20))
+            assert first.likely == (("Sorry", -0.1), ("B", -2.5))
+            assert (server.bodies[0]["logprobs"], server.bodies[0]["top_logprobs"]) == (True, 20)
+            assert not any(chunk.likely for chunk in await read(engine))  # a server that does not tell
+            assert "logprobs" not in server.bodies[1]
 
     async def test_prompt_limits_come_from_the_server(self) -> None:
         async with talking_to(says(WHOLE)) as (_, engine):
@@ -372,6 +383,9 @@ class TestWithVllmServe:
         assert chunks[-1].finish == "stop"
         assert chunks[-1].n_tokens == len(pieces_of(REPLY)) + 1
         assert chunks[-1].n_prompt_tokens > 10
+
+        first, *_ = await read(engine, ENDLESSLY, Sampling(max_tokens=1, n_likely=20))
+        assert max(first.likely, key=lambda one: one[1])[0] == first.text == ENDLESS[: len(first.text)] != ""
 
         short = await read(engine, ENDLESSLY, Sampling(max_tokens=7))
         assert (short[-1].finish, short[-1].n_tokens) == ("length", 7)

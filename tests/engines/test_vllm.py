@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,15 @@ class TestReplies:
         assert last.finish == "stop"
         assert sum(chunk.n_tokens for chunk in [*most, last]) == len(pieces_of(REPLY)) + 1  # and the end token
         assert last.n_prompt_tokens == engine.count_tokens(HELLO)
+
+    async def test_the_likeliest_first_tokens_are_told_where_they_are_asked_for(self, engine: VllmEngine) -> None:
+        [chunk] = await read(engine, ENDLESSLY, Sampling(max_tokens=1, n_likely=20))
+        best, logprob = max(chunk.likely, key=lambda one: one[1])
+        assert best == chunk.text == ENDLESS[: len(best)] != ""
+        assert math.exp(logprob) > 0.5
+        assert sum(math.exp(one) for _, one in chunk.likely) <= 1.001
+        assert len(chunk.likely) == 20
+        assert not any(chunk.likely for chunk in await read(engine, HELLO))
 
     async def test_a_reply_cut_within_a_character_ends_before_it_or_says_so(self, engine: VllmEngine) -> None:
         chunks = await read(engine, HELLO, Sampling(max_tokens=4))
