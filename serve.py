@@ -32,6 +32,7 @@ from bot.engine import Engine, has_releases
 from bot.errors import BotError, MerchantError
 from bot.fine_tuning_api import FineTuning
 from bot.identity import Identities
+from bot.leaving import leave
 from bot.live_experiment import LiveExperiment
 from bot.messages import Event, Language, Message
 from bot.metrics import Metrics
@@ -369,8 +370,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
-        for noisy in ("httpx", "httpcore", "faiss", "alembic", "vllm"):
+        for noisy in ("httpx", "httpcore", "faiss", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns of a Triton that nobody needs here
         parts = build_parts(settings)
         app = create_app(parts)
         shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
@@ -389,4 +391,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bot.errors import BotError, MerchantError
+from bot.leaving import leave
 from finetune import ab_cli, ablate_cli, augment, distill_cli, jobs_cli, replay_cli, train_cli
 from finetune.formats import FORMATS
 from finetune.importing import BadData, ImportConfig, import_dialogues
@@ -466,4 +467,4 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

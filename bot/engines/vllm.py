@@ -152,6 +152,7 @@ def engine_arguments(profile: Profile, model_dir: Path) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
         "enforce_eager": profile.enforce_eager,
+        "use_tqdm_on_load": False,
         "generation_config": "vllm",  # the folder's own would change temperature and top_p behind our back
         "shutdown_timeout": int(SHUTDOWN_TIMEOUT_S),  # else Ctrl-C drops what is being answered
         "worker_extension_cls": "bot.engines.vllm_child.Extension",
@@ -257,6 +258,10 @@ def vllm_environment(profile: Profile) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "HF_HUB_OFFLINE": "1",  # models are folders here
         "TOKENIZERS_PARALLELISM": "false",
+        # What its libraries warn each other of (deprecated names, where memory is bound) says nothing to a merchant.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        "KMP_WARNINGS": os.environ.get("KMP_WARNINGS", "off"),
         NICE_VARIABLE: str(profile.nice),
     }
     if profile.device == "cpu":
