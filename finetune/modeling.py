@@ -106,7 +106,7 @@ def _packed_attention(
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None  # (1, T, heads, d)
 
 
-def _quiet() -> None:
+def _without_bars() -> None:
     """Turn transformers' progress bars off: they would run through what a command prints."""
     from transformers.utils import logging as transformers_logging
 
@@ -114,7 +114,7 @@ def _quiet() -> None:
 
 
 def _register() -> None:
-    _quiet()
+    _without_bars()
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -452,7 +452,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _quiet()
+    _without_bars()
     # In float32: adding small updates to bfloat16 weights would round most of them away twice.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -467,7 +467,7 @@ def load_for_evaluation(base: Path, adapter: Path | None, *, bf16: bool = True) 
     """Return a model that scores and generates: the base, or with an adapter of any method on it."""
     from transformers import AutoModelForCausalLM
 
-    _quiet()
+    _without_bars()
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:

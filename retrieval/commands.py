@@ -124,12 +124,17 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
     finally:
         cache.close()
-    report = {"version": folder.save(tuning)} | report
+    report = {"version": folder.save(tuning) if tuning else None} | report
     if options.json:
         _print_json(report)
-    else:
-        print(f"confidence fitted on {report['n_questions']} questions: version {report['version']} in {folder.folder}")
-        _print_curve(report)
+        return 0
+    n_asked, loss = report["n_questions"] + report["n_unanswered"], report["log_loss"]
+    print(f"log loss on {n_asked} questions not fitted on: shipped {loss['shipped']:.3f}   fitted {loss['fitted']:.3f}")
+    if not report["confidence_kept"]:
+        print("not kept: the fitted confidence does not win over the shipped one")
+    if tuning is not None:
+        print(f"version {report['version']} in {folder.folder}; `tune --off` goes back to none")
+    _print_curve(report)
     return 0
 
 
@@ -241,7 +246,7 @@ def _tuning_folder(options: argparse.Namespace) -> Tunings:
 
 
 def _problem(options: argparse.Namespace, embedder: Embedder, cache: VectorCache) -> tune.Problem:
-    """Return what is tuned on: a store's wordings and dialogues, the questions of files, and visitors' thumbs."""
+    """Return what is tuned on: the questions of a store's dialogues and of files, and those with visitors' thumbs."""
     passages = _passages(options)
     questions = [question for path in options.questions or () for question in load_questions(path)]
     questions += thumbs.questions_of(thumbs.load_thumbs(options.conversations or ()))
@@ -249,15 +254,14 @@ def _problem(options: argparse.Namespace, embedder: Embedder, cache: VectorCache
     if options.store is None:
         return tune.Problem(passages, questions, moment, Terms())
     terms = load_terms(options.store)
-    kept, asked = tune.wordings_aside(passages)
     turns = learn.load_turns(sorted((options.store / "dialogues").glob("*.jsonl")))
     if turns:
         retriever = HybridRetriever(build_index(passages, embedder, cache, _progress()), embedder, terms=terms)
         texts = learn.texts_of(turns)
         retriever.remember(texts, cache.embed(embedder, texts, as_query=True, progress=_progress()))
         pairs = learn.propose(turns, retriever, moment, ())
-        asked += [Question(pair.question, frozenset([pair.faq_id])) for pair in pairs]
-    return tune.Problem(kept, [*asked, *questions], moment, terms)
+        questions = [*(Question(pair.question, frozenset([pair.faq_id])) for pair in pairs), *questions]
+    return tune.Problem(passages, questions, moment, terms)
 
 
 def _learn(options: argparse.Namespace) -> int:

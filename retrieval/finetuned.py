@@ -86,7 +86,7 @@ def tune_embedder(
                 "n_questions": len(answerable),
                 "n_held_out": len(aside),
                 "losses": losses,
-                **trial([bench.outcome(bench.plain, q) for q in aside], [tuned.outcome(tuned.plain, q) for q in aside]),
+                **trial(bench.outcomes(bench.plain, aside), tuned.outcomes(tuned.plain, aside)),
             }
         finally:
             own.close()

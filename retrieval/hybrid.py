@@ -641,7 +641,8 @@ class HybridRetriever:
             return message
         said = quietly(message)
         core = self._listener.gist(said, self._reading(message))
-        if named_codes(core) != named_codes(said):
+        # What stands in brackets was put there in the place of a name, when the message was masked.
+        if named_codes(core) != named_codes(said) or core.count("[") != said.count("["):
             return message
         begin = said.find(core)
         return message[begin : begin + len(core)]

@@ -27,7 +27,8 @@ from retrieval.importing.files import knowledge_files
 from retrieval.importing.reading import json_lines
 from retrieval.importing.text import NotText, find_encoding, read_csv, read_text
 from retrieval.passages import Passage
-from retrieval.words import detect_lang, fold, quantities, squash, weight, words
+from retrieval.restated import figures, overlap
+from retrieval.words import detect_lang, squash, weight, words
 
 REVIEW = "wordings.review.csv"
 COLUMNS = ("question", "faq_id", "faq_question", "score", "why", "dialogue", "decision")
@@ -205,13 +206,13 @@ def _pair(question: str, turn: Turn, retriever: HybridRetriever, now: datetime) 
     if not turn.first and (place or asked[0].confidence < LATER_CONFIDENCE):
         return None
     margin = best.score - given[1].score if len(given) > 1 else 1.0
-    stated, said = _figures(faq.text), _figures(turn.reply)
+    stated, said = figures(faq.text), figures(turn.reply)
     if margin < MARGIN or (stated and said and not stated & said):
         return None  # another FAQ's answer, or this one's with other figures
     shared = len(stated & said) / len(stated | said) if stated | said else 0.0
-    overlap = _overlap(faq.text, turn.reply)
+    share = overlap(faq.text, turn.reply)
     score = (
-        0.35 * min(1.0, overlap / 0.6)
+        0.35 * min(1.0, share / 0.6)
         + 0.2 * shared
         + 0.2 * min(1.0, margin / 0.3)
         + 0.15 * (1.0, 0.5, 0.2)[place]
@@ -220,23 +221,12 @@ def _pair(question: str, turn: Turn, retriever: HybridRetriever, now: datetime) 
     if score < SCORE:
         return None
     why = (
-        f"the reply has {overlap:.0%} of the answer's words"
+        f"the reply has {share:.0%} of the answer's words"
         + (f" and its figures {', '.join(sorted(stated & said))}" if stated & said else "")
         + f"; it fits this FAQ by {margin:.2f} better than the next; the question alone finds it in place {place + 1}"
         + f" (confidence {asked[place].confidence:.2f})"
     )
     return Proposal(question, faq.id, faq.title, round(score, 3), why, turn.dialogue)
-
-
-def _figures(text: str) -> set[str]:
-    folded = fold(text)
-    return set(re.findall(r"\d+(?:\.\d+)?", folded)) | {figure for figure in quantities(folded) if figure[0] in "%cf"}
-
-
-def _overlap(answer: str, reply: str) -> float:
-    """Return the share of the answer's content words that the reply has; 0 to 1."""
-    content = {word for word in words(answer) if weight(word) == 1.0}
-    return len(content & set(words(reply))) / len(content) if content else 0.0
 
 
 # --- the review sheet -------------------------------------------------------------------------------------------------

@@ -59,7 +59,9 @@ class Tuning:
         """Return the confidence fitted on this store, with the shipped means; `shipped` where none was fitted."""
         if not self.weights:
             return shipped
-        return Calibration(self.weights, self.bias, shipped.embedder, shipped.means, rival=shipped.rival)
+        # It was fitted to whichever of the two is used; what rivals count for is that one's.
+        plain = Calibration(self.weights, self.bias, shipped.embedder, shipped.means, rival=shipped.plain.rival)
+        return Calibration(self.weights, self.bias, shipped.embedder, shipped.means, plain, shipped.rival)
 
     def fit(self, index: Index, embedder: Embedder, cache: VectorCache) -> Learned | None:
         """

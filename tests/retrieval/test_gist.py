@@ -274,6 +274,13 @@ def test_a_code_and_a_known_wording_are_never_cut(model: BilingualEmbedder, shop
     assert retriever.gist("  ", now=NOW) == ""
 
 
+def test_a_name_that_was_masked_is_never_cut(model: BilingualEmbedder, shop: HybridRetriever) -> None:
+    retriever = hearing(shop, model, lambda text: "哪天到账")
+    assert retriever.gist("[机构]卡哪天到账", now=NOW) == "[机构]卡哪天到账"
+    retriever = hearing(shop, model, lambda text: "[机构]卡哪天到账")
+    assert retriever.gist("你好，[机构]卡哪天到账", now=NOW) == "[机构]卡哪天到账"
+
+
 def test_a_message_longer_than_what_is_read_stays_whole(model: BilingualEmbedder, shop: HybridRetriever) -> None:
     long = "你好呀，我是朋友介绍来的，" + "换成顺丰要补多少差价，" * 200
     assert shop.gist(long, now=NOW) == long[:MAX_QUERY_CHARS]
