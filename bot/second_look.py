@@ -25,9 +25,12 @@ N_LIKELY = 20  # more than vLLM and OpenAI's API tell of a token, unless they ar
 SHARE = 0.5
 LEAST = 0.3
 SMALLEST = 1e-3  # a chance below it, or as near to 1, is none that was measured
-# How replies begin that say no: what a model was taught here (`finetune.grounding`), and what others say. An answer
-# quotes a passage, and those begin otherwise.
-_NO = ("抱歉", "很抱歉", "非常抱歉", "对不起", "I don't know", "I'm sorry", "I am sorry", "Sorry", "Unfortunately")
+# How replies begin that say no: as a model was taught here (examples/recipe, and `finetune.grounding` but for a wording
+# that begins as answers do), and as others say it. An answer quotes a passage, and those begin otherwise.
+_NO = (
+    *("抱歉", "很抱歉", "非常抱歉", "对不起", "不好意思"),
+    *("I don't know", "I'm sorry", "I am sorry", "I'm afraid", "Sorry", "Unfortunately"),
+)
 
 
 async def chance_of_no(engine: BoundEngine, messages: Sequence[Message]) -> float | None:
@@ -50,8 +53,9 @@ def stands(confidence: float, chance: float) -> bool:
 
 def _begins_no(token: str) -> bool:
     said = token.strip()
-    # "S" and "非" begin too much else.
-    return (said == "I" or len(said) > 1) and any(no.startswith(said) or said.startswith(no) for no in _NO)
+    # "So", "Un" and "非" begin too much else.
+    is_told = said == "I" or len(said) > (2 if said.isascii() else 1)
+    return is_told and any(no.startswith(said) or said.startswith(no) for no in _NO)
 
 
 def _log_odds(chance: float) -> float:

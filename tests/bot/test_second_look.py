@@ -18,7 +18,8 @@ PROMPT = [Message("user", "Passages: …")]
     [
         ((("抱歉", math.log(0.75)), ("运", math.log(0.25))), 0.75),
         ((("I", math.log(0.5)), (" Sorry", math.log(0.2)), ("It", math.log(0.3))), 0.7),
-        ((("S", math.log(0.5)), ("非", math.log(0.3)), ("In", math.log(0.2))), 0.0),  # so much else begins with these
+        ((("So", math.log(0.5)), ("非", math.log(0.3)), ("In", math.log(0.2))), 0.0),  # so much else begins with these
+        ((("不好", math.log(0.5)), ("不", math.log(0.3)), ("这个", math.log(0.2))), 0.5),
         ((("Unfortunately, no", 0.0),), 1.0),  # whole words, from servers with other tokens
     ],
 )
