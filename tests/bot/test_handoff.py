@@ -107,6 +107,7 @@ def test_anger_calls_a_human(text: str) -> None:
         *("does the lock keep thieves out?", "do you offer fraud protection?", "Idiot's Guide to cooking"),
         *("I got a scam e-mail, is it from you?", "is it unacceptable to wash it at 60 degrees?"),
         *(
+            *("空气炸锅多少钱", "能租一台空气炸锅吗", "蒸汽炸锅有吗", "油气炸炉有吗"),
             "滚筒洗衣机有吗",
             "滚轮好推吗",
             "这是我妈的生日礼物",
