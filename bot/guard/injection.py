@@ -46,7 +46,7 @@ _PEOPLE = r"(?:people(?:'s)?|customers?'?s?|users?'?s?|persons?'?s?|buyers?'?s?|
 # "Another address" is one's own.
 _OTHER = (
     rf"(?:(?:someone|somebody|my (?:neighbou?r|friend|ex|colleague|boss|girlfriend|boyfriend|wife|husband|roommate))"
-    rf"(?:'s|s')?(?: ?{_PEOPLE})?|(?:another|other|every|all) ?{_PEOPLE})"
+    rf"(?:'s|s')?(?: ?{_PEOPLE})?|(?:every|all)(?: ?{_PEOPLE})?|(?:another|other) ?{_PEOPLE})"
 )
 _PRIVATE = (
     r"(?:orders?\b(?! of)|address(?:es)?|phone(?: numbers?)?|e-?mails?|personal (?:data|info\w*|details)|"
@@ -62,9 +62,10 @@ _OTHERS_DATA = [
         r"the (?:other|previous|last)|my (?:neighbou?r|friend|ex|colleague))\b",
         r"(?:别人|他人|其他(?:客户|顾客|用户|买家|人)|别的(?:客户|顾客|用户|买家|人)|上一个(?:客户|顾客|用户|买家|人)|"
         r"我?(?:邻居|朋友|同事|前任|前女友|前男友|老板|室友|闺蜜|老公|老婆))的?[^。？！\n]{0,10}"
-        r"(?:订单|地址|电话|手机(?:号|多少|是多少)|邮箱|个人信息|隐私|信息|购买记录|买了(?:什么|啥)|银行卡|密码|账号|住址)",
-        r"(?:这个人|那个人|某人|他|她)的?[^。？！\n]{0,8}(?:收货)?(?:地址|电话|手机(?:号|多少|是多少)|住址|订单|买了(?:什么|啥))",
-        r"(?:\b(?:give|show|tell|send|find|look up|share|read|check|know|see|what(?:'s| is| are| was))\b[^.?!\n]{0,40}|^\W*)"
+        r"(?:订单|地址|电话|手机(?:号|多少|是多少|发|告诉|给我)|邮箱|个人信息|隐私|信息|购买记录|买了(?:什么|啥)|银行卡|密码|账号|住址)",
+        r"(?:这个人|那个人|某人|他|她)的?[^。？！\n]{0,8}(?:收货)?(?:地址|电话|手机(?:号|多少|是多少|发|告诉|给我)|住址|订单|买了(?:什么|啥))",
+        r"(?:\b(?:give|show|tell|send|find|look up|share|read|check|know|see|what(?:'s| is| are| was))\b[^.?!\n]{0,40}|"
+        r"\b(?:need|want|have|get)\b[^.?!\n]{0,6}|^\W*)"
         r"\b(?:his|her|their|this person's|that person's)\b[^.?!\n]{0,20}\b(?:address|phone|e-?mail|orders?|card)\b",
         r"(?:导出|列出|给我|发我|查)[^。？！\n]{0,6}(?:所有|全部)[^。？！\n]{0,4}(?:客户|用户|顾客|买家)",
     )
@@ -73,8 +74,8 @@ _OTHERS_DATA = [
 # comes out. Nor does it where one's own is not to be seen: "别人能看到我家地址吗".
 _PRESENT = re.compile(
     r"\b(?:send|ship|deliver|gift|mail|post)\w*\b[^.?!\n]{0,40}\bto\b|\b(?:use|with)\b[^.?!\n]{0,10}\bmy (?:wife|husband)|"
-    r"(?:寄|送|配送)(?:到|去|给|往)|代(?:买|付|收)|下单|收(?:件|货)人|充(?:到|给|错|值)|"
-    r"转(?:给|到|让给?)(?:我?的?(?:邻居|朋友|同事|老婆|老公|室友|闺蜜|家人|爸|妈)|别人|他人|[她他])|"
+    r"(?:寄|送|配送)(?:到|去|给|往)|代(?:买|付|收)|下单|收(?:件|货)人|"
+    r"(?:转|充)(?:给|到|错|让给?)了?(?:我?的?(?:邻居|朋友|同事|老婆|老公|室友|闺蜜|家人|爸|妈)|别人|他人|[她他])|"
     r"(?:别人|他人|[她他])(?:能|会|可以)?(?:看到|看见|知道|发现)我",
     re.IGNORECASE,
 )
